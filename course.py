@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Bytes to Chat: one command for the whole course.
+
+    python3 course.py run [ch01 ...]   from raw text to a model that answers, chapter by chapter
+    python3 course.py test             every test, and every notebook run again
+    python3 course.py lab              JupyterLab on this machine
+    python3 course.py chat             talk to SmolLM2 on the course's own code
+    python3 course.py export [--check] write each chapter's module from its notebook
+
+It uses the virtual environment that is active, or makes one in .venv, and installs what
+requirements.txt pins. Nothing but Python is needed to start. This file keeps to a syntax that
+old Pythons can read, so that they can say what is wrong.
+"""
+
+import sys
+
+MINIMUM = (3, 11)
+if sys.version_info < MINIMUM:
+    sys.exit(
+        "This course needs Python %d.%d or newer; this is Python %d.%d (%s).\n"
+        "Install a newer one from python.org or your system's packages, then run it by name, for example:\n"
+        "    python3.12 course.py run"
+        % (MINIMUM + tuple(sys.version_info[:2]) + (sys.executable,))
+    )
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+REQUIREMENTS = ROOT / "requirements.txt"
+TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+INSTALL_BYTES = 2.5e9  # a CPU-only PyTorch, JupyterLab and the rest, with room for pip to work
+
+# chapter, notebook, what it turns into what, seconds on two cores without a GPU
+CHAPTERS = {
+    "ch01": ("ch01_data/data.ipynb", "raw text to documents", 30),
+    "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 60),
+    "ch03": ("ch03_attention/attention.ipynb", "attention", 60),
+    "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 90),
+    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 220),
+    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 200),
+}
+
+
+def main(argv):
+    arguments = parse(argv)
+    if arguments.command == "export":
+        return export(arguments)
+    requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if arguments.command == "test" else [])
+    python = ready_environment(requirements)
+    if not same_environment(python):
+        return hand_over(python, argv)
+    return {"run": run, "test": test, "lab": lab, "chat": chat}[arguments.command](arguments)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="course.py", description="Bytes to Chat: build a large language model from raw text.",
+        epilog="Everything that runs make lies under workspace/ (COURSE_WORKSPACE moves it). "
+               "COURSE_DEVICE=cpu|cuda|mps chooses the device.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("run", help="execute the chapters in order, from raw text to a model that answers")
+    command.add_argument("chapters", nargs="*", metavar="ch01", help="only these chapters")
+    command.add_argument("--save", action="store_true",
+                         help="write the outputs into the notebooks themselves (for maintainers)")
+    command = commands.add_parser("test", help="every test and every notebook; further arguments go to pytest")
+    command.add_argument("pytest", nargs="*", metavar="PATH", help="only these test files or notebooks")
+    command = commands.add_parser("lab", help="JupyterLab on this machine; saving a notebook rewrites its module")
+    command.add_argument("--port", type=int, default=8888)
+    command.add_argument("--no-browser", action="store_true")
+    command = commands.add_parser("chat", help="talk to SmolLM2-135M on the course's own code")
+    command.add_argument("--system", default=None, help="a system prompt")
+    command.add_argument("--temperature", type=float, default=0.2)
+    command.add_argument("--top-p", type=float, default=0.9)
+    command.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
+    command = commands.add_parser("export", help="write each chapter's module from its notebook")
+    command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
+    arguments = parser.parse_args(argv)
+    for name in getattr(arguments, "chapters", []):
+        if name not in CHAPTERS:
+            parser.error("there is no chapter %r; the chapters are %s" % (name, ", ".join(CHAPTERS)))
+    return arguments
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def ready_environment(requirements):
+    """The Python of the active virtual environment, or of .venv, with the requirements installed."""
+    folder = active_environment() or make_environment(ROOT / ".venv")
+    python = environment_python(folder)
+    stamp = folder / ".bytes-to-chat.json"
+    try:
+        installed = json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        installed = {}
+    wanted = {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+              for path in requirements}
+    if any(installed.get(name) != digest for name, digest in wanted.items()):
+        install(python, folder, requirements)
+        stamp.write_text(json.dumps(dict(installed, **wanted), indent=1) + "\n")
+    return python
+
+
+def active_environment():
+    """The folder of the active virtual (or conda) environment, or None."""
+    if sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir():
+        return Path(sys.prefix)
+    folder = os.environ.get("VIRTUAL_ENV")
+    return Path(folder) if folder and environment_python(Path(folder)).exists() else None
+
+
+def environment_python(folder):
+    """Where a virtual environment keeps its Python."""
+    if os.name == "nt":
+        scripts = folder / "Scripts" / "python.exe"
+        return scripts if scripts.exists() or not (folder / "python.exe").exists() else folder / "python.exe"
+    return folder / "bin" / "python"
+
+
+def make_environment(folder):
+    """Make .venv with its pip, or say what this system lacks. Half-made ones do not stay."""
+    python = environment_python(folder)
+    if python.exists() and subprocess.call([str(python), "-c", "import pip"], stderr=subprocess.DEVNULL) == 0:
+        return folder
+    need_space(ROOT)
+    if folder.exists():
+        print("%s is incomplete: making it again." % folder.name, flush=True)
+    else:
+        print("Making a virtual environment in %s" % folder.name, flush=True)
+    result = subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(
+            "This Python (%s) could not make a virtual environment:\n%s\n"
+            "On Debian and Ubuntu the module comes separately: sudo apt install python3-venv\n"
+            "Or activate an environment of your own (venv, conda, uv venv --seed) and run the same command again."
+            % (sys.executable, indented(result.stdout)))
+    return folder
+
+
+def install(python, folder, requirements):
+    """pip install -r, with pip's own progress, and a way out of the usual failures."""
+    need_space(folder)
+    names = " and ".join(path.relative_to(ROOT).as_posix() for path in requirements)
+    print("Installing %s into %s (once; some minutes)" % (names, folder.name), flush=True)
+    if subprocess.call([str(python), "-c", "import pip"], stderr=subprocess.DEVNULL):
+        fail("The environment %s has no pip. Run: %s -m ensurepip (with uv: uv venv --seed)" % (folder, python))
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
+    command += [] if sys.stdout.isatty() else ["--quiet", "--progress-bar", "off"]
+    for path in requirements:
+        command += ["-r", str(path)]
+    if subprocess.call(command):
+        fail(
+            "pip could not install %s (its message is above). The usual causes:\n"
+            "  no network: connect, or point pip to a mirror or a folder of wheels (PIP_INDEX_URL, PIP_FIND_LINKS)\n"
+            "  no matching version of torch: this Python is %d.%d; use 3.11 to 3.14, 64-bit\n"
+            "  disk full: %.1f GB are free in %s\n"
+            "Run the same command again afterwards: what was installed already stays."
+            % ((names,) + tuple(sys.version_info[:2]) + (shutil.disk_usage(folder).free / 1e9, folder)))
+
+
+def need_space(folder):
+    """Stop before an install that would not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < INSTALL_BYTES:
+        fail("The disk is too full: %.1f GB are free in %s, and installing needs %.1f GB. Free some space, "
+             "or activate a virtual environment on another disk, and run the same command again."
+             % (free / 1e9, folder, INSTALL_BYTES / 1e9))
+
+
+def same_environment(python):
+    """Whether this very process runs in the environment of that Python."""
+    return Path(sys.prefix).resolve() == python.parent.parent.resolve() or Path(sys.executable) == python
+
+
+def hand_over(python, argv):
+    """Run the same command in the environment's Python, and pass its exit code on."""
+    process = subprocess.Popen([str(python), str(ROOT / "course.py")] + list(argv))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the child too: let it end in its own way
+            continue
+
+
+def fail(message):
+    sys.exit("\n" + message)
+
+
+def indented(text):
+    return "\n".join("    " + line for line in text.strip().splitlines())
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def run(arguments):
+    from utils.notebooks import Job, NotebookError, run_notebooks
+
+    names = arguments.chapters or list(CHAPTERS)
+    jobs = [Job(ROOT / path, title, seconds) for path, title, seconds in (CHAPTERS[name] for name in names)]
+    check_modules()
+    try:
+        run_notebooks(jobs, save=arguments.save)
+    except NotebookError as error:
+        fail(str(error))
+    if arguments.save and len(names) == len(CHAPTERS):
+        from utils.overview import draw_overview
+
+        draw_overview({"%s: %s" % (name[2:].lstrip("0"), title): ROOT / path
+                       for name, (path, title, _) in CHAPTERS.items()}, ROOT / "docs" / "overview.png")
+    report(names)
+    return 0
+
+
+def check_modules():
+    """Chapters import the modules of earlier ones: write those that are behind their notebooks."""
+    from utils.export import export_all
+
+    problems = export_all()
+    if problems:
+        fail("\n".join(problems))
+
+
+def report(names):
+    """What the model says, its loss against the baselines, and where everything lies."""
+    from utils.workspace import short_path, workspace
+
+    def read(*parts):
+        path = workspace(*parts[:-1]) / parts[-1]
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    if "ch05" in names:
+        pretrained = read("pretrain", "storyteller", "results.json")
+        print("\nHeld-out bits per byte (lower is better)")
+        for name, value in pretrained.get("bits_per_byte", {}).items():
+            print("  %-28s %.3f" % (name, value))
+        print("\nThe pretrained model continues a story:\n%s" % indented(pretrained.get("sample", "")))
+    if "ch06" in names:
+        finetuned = read("finetune", "results.json")
+        for exchange in finetuned.get("exchanges", []):
+            print("\n%s is asked: %s\n%s" % (exchange["model"], exchange["question"], indented(exchange["answer"])))
+    print("\nWhere everything lies (delete any of it: it can be made again)")
+    folders = [("data", "texts and weights as downloaded"), ("tokens", "the tokenizer and token shards"),
+               ("pretrain", "the pretrained model"), ("finetune", "the fine-tuned models"),
+               ("notebooks", "the notebooks as they ran here")]
+    for folder, holds in folders:
+        print("  %-22s %s" % (short_path(workspace(folder)) + "/", holds))
+    print("\nNext: python3 course.py chat   or   python3 course.py lab")
+
+
+def test(arguments):
+    from utils.export import chapter_notebooks
+    from utils.workspace import workspace
+
+    problems = export(argparse.Namespace(check=True))
+    if problems:
+        return problems
+    environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1")
+    if "COURSE_WORKSPACE" not in os.environ:  # tests never touch what a reader's own runs made
+        share_downloads(workspace("data", "packages"), workspace("test", "data", "packages"))
+        environment["COURSE_WORKSPACE"] = str(workspace("test"))
+    targets = arguments.pytest or ["tests"] + [str(path.relative_to(ROOT)) for path in chapter_notebooks()]
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=900",
+               "--durations=15"] + targets
+    return subprocess.call(command, cwd=str(ROOT), env=environment)
+
+
+def share_downloads(source, target):
+    """Give the tests' workspace the files that were downloaded already."""
+    for path in source.iterdir():
+        if path.is_file() and not (target / path.name).exists():
+            try:
+                os.link(str(path), str(target / path.name))
+            except OSError:
+                shutil.copy2(str(path), str(target / path.name))
+
+
+def lab(arguments):
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=%d" % arguments.port,
+               "--ServerApp.root_dir=%s" % ROOT, "--config=%s" % (ROOT / "utils" / "jupyter_server_config.py")]
+    command += ["--ServerApp.open_browser=False"] if arguments.no_browser else []
+    if getattr(os, "geteuid", lambda: 1)() == 0:  # containers: still loopback only, still with a token
+        command += ["--ServerApp.allow_root=True"]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    print("JupyterLab starts; its address, with the token, follows. Ctrl-C twice ends it.\n"
+          "Saving a chapter's notebook rewrites the chapter's module.", flush=True)
+    return subprocess.call(command, cwd=str(ROOT), env=environment)
+
+
+def chat(arguments):
+    from ch06_finetune.finetune import Assistant
+    from utils.terminal_chat import talk
+
+    assistant = Assistant.smollm2(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+    return talk(assistant, system=arguments.system)
+
+
+def export(arguments):
+    from utils.export import export_all
+
+    problems = export_all(check=arguments.check)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print("Every module is what its notebook exports.")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
+    except (OSError, ValueError, ImportError) as problem:
+        if os.environ.get("COURSE_TRACEBACK"):
+            raise
+        fail("%s\n(COURSE_TRACEBACK=1 shows where.)" % problem)

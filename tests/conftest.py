@@ -1,0 +1,33 @@
+"""What the tests share: where the course lies, and a scratch copy of it to break."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = shutil.ignore_patterns(".git", ".venv", "workspace", "__pycache__", ".pytest_cache", ".hypothesis",
+                              ".ipynb_checkpoints", ".ruff_cache")
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    """A copy of the course without its history and workspace."""
+    return Path(shutil.copytree(ROOT, tmp_path / "course", ignore=SKIP))
+
+
+@pytest.fixture
+def clean_environment(tmp_path):
+    """Environment variables of a fresh machine: an empty workspace, no pip settings, no active environment."""
+    kept = {k: v for k, v in os.environ.items()
+            if not k.startswith(("PIP_", "COURSE_", "VIRTUAL_ENV", "CONDA", "PYTHON"))}
+    return {**kept, "COURSE_WORKSPACE": str(tmp_path / "workspace"), "PIP_CONFIG_FILE": os.devnull,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(scope="session")
+def base_python():
+    """The Python that virtual environments are made from."""
+    return getattr(sys, "_base_executable", sys.executable)

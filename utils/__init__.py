@@ -1,0 +1,1 @@
+"""What is about the course, not about language models: one subject a file."""
