@@ -252,7 +252,8 @@ def report(names):
                ("pretrain", "the pretrained model"), ("finetune", "the fine-tuned models"),
                ("notebooks", "the notebooks as they ran here")]
     for folder, holds in folders:
-        print("  %-22s %s" % (short_path(workspace(folder)) + "/", holds))
+        if any((workspace() / folder).glob("*")):
+            print("  %-22s %s" % (short_path(workspace(folder)) + "/", holds))
     print("\nNext: python3 course.py chat   or   python3 course.py lab")
 
 

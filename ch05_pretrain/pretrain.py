@@ -22,10 +22,10 @@ __all__ = [
     "checkpoints",
     "differences",
     "load_checkpoint",
-    "train",
     "train_step",
     "replay",
     "log_step",
+    "train",
     "STORYTELLER_RUN",
     "pretrain_storyteller",
     "load_storyteller",
@@ -164,9 +164,9 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(AdamW):
-    """Orthogonalised momentum for the groups marked ``orthogonal``, AdamW for the others. Jordan et al. 2024.
+    """Orthogonalised running mean of the gradient for the groups marked ``orthogonal``, AdamW for the others.
 
-    ``lr`` of an orthogonal group is the size of the step along every direction; tall matrices get more of it.
+    Jordan et al. 2024. ``lr`` of an orthogonal group is the size of the step along every direction; tall matrices get more of it.
     """
 
     def update(self, p: Tensor, group: dict) -> None:
@@ -367,46 +367,6 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     return record["step"], History(**record["history"])
 
 
-def train(model: GPT, train_tokens, val_tokens, config: TrainConfig, *, folder: str | Path | None = None,
-          on_log: Callable[[str, int, float], None] = lambda name, step, value: None) -> History:
-    """Train in place and return what was recorded; with ``folder``, save checkpoints there and resume from them.
-
-    Tokens are 1-D arrays of ids. ``on_log(name, step, loss)`` is called with "training" and "held out" as the run
-    goes. ``FloatingPointError`` if the loss stops being a number; Ctrl-C saves before it stops.
-    """
-    optimizer = Muon(parameter_groups(model, config.weight_decay, config.matrix_lr / config.max_lr))
-    generator = torch.Generator().manual_seed(config.seed)
-    torch.manual_seed(config.seed)
-    done, history = 0, History()
-    if folder and checkpoints(folder):
-        done, history = load_checkpoint(checkpoints(folder)[-1], model, optimizer, generator, config)
-        print(f"Going on from step {done:,} of {config.steps:,} (delete {short_path(folder)} to begin anew).")
-        replay(history, on_log)
-
-    def save():
-        if folder:
-            save_checkpoint(folder, model, optimizer, done, generator, config, history)
-
-    model.train()
-    try:
-        with progress(description="training", total=config.steps, unit="step") as bar:
-            bar.update(done)
-            while done < config.steps:
-                loss, norm = train_step(model, optimizer, train_tokens, config, done, generator)
-                done += 1
-                log_step(history, model, val_tokens, config, done, loss, norm, on_log)
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update()
-                if done % config.save_every == 0 and done < config.steps:
-                    save()
-    except KeyboardInterrupt:
-        save()
-        print(f"Stopped after step {done:,}." + (" Run this again to go on." if folder else ""))
-        raise
-    save()
-    return history
-
-
 def train_step(model: GPT, optimizer: torch.optim.Optimizer, tokens, config: TrainConfig, step: int,
                generator: torch.Generator) -> tuple[float, float]:
     """One step of training: (loss in nats per token, length of the gradient before clipping)."""
@@ -449,7 +409,46 @@ def log_step(history: History, model: GPT, val_tokens, config: TrainConfig, step
         on_log("held out", step, result.loss)
 
 
-STORYTELLER_RUN = TrainConfig(steps=1500, batch_size=4, context_length=256, eval_every=150, save_every=150)
+def train(model: GPT, train_tokens, val_tokens, config: TrainConfig, *, folder: str | Path | None = None,
+          on_log: Callable[[str, int, float], None] = lambda name, step, value: None) -> History:
+    """Train in place and return what was recorded; with ``folder``, save checkpoints there and resume from them.
+
+    Tokens are 1-D arrays of ids. ``on_log(name, step, loss)`` is called with "training" and "held out" as the run
+    goes. ``FloatingPointError`` if the loss stops being a number.
+    """
+    optimizer = Muon(parameter_groups(model, config.weight_decay, config.matrix_lr / config.max_lr))
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    done, history = 0, History()
+    if folder and checkpoints(folder):
+        done, history = load_checkpoint(checkpoints(folder)[-1], model, optimizer, generator, config)
+        print(f"Going on from step {done:,} of {config.steps:,} (delete {short_path(folder)} to begin anew).")
+        replay(history, on_log)
+
+    def save():
+        if folder:
+            save_checkpoint(folder, model, optimizer, done, generator, config, history)
+
+    model.train()
+    try:
+        with progress(description="training", total=config.steps, unit="step") as bar:
+            bar.update(done)
+            while done < config.steps:
+                loss, norm = train_step(model, optimizer, train_tokens, config, done, generator)
+                done += 1
+                log_step(history, model, val_tokens, config, done, loss, norm, on_log)
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+                if done % config.save_every == 0 and done < config.steps:
+                    save()
+    except KeyboardInterrupt:  # perhaps in the middle of a step, and half a step must not be saved
+        print(f"Stopped in step {done + 1:,}." + (" Run this again to go on from the last checkpoint." if folder else ""))
+        raise
+    save()
+    return history
+
+
+STORYTELLER_RUN = TrainConfig(steps=1500, batch_size=4, context_length=256, eval_every=150, save_every=50)
 
 
 def pretrain_storyteller(device: torch.device | str = "cpu", config: TrainConfig = STORYTELLER_RUN,

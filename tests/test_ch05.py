@@ -287,15 +287,28 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tokens, tmp_path):
     assert same(straight, resumed)
 
 
-def test_interrupting_saves_first(tokens, tmp_path, capsys):
-    def stop(name, step, value):
-        if step == 10:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("where", ["get_batch", "clip_grad_norm"])
+def test_interrupted_in_the_middle_of_a_step_it_is_still_the_same_run(tokens, tmp_path, capsys, monkeypatch, where):
+    """Ctrl-C may come when the batch is drawn but the step is not done: such a half step must not be saved."""
+    straight, calls, original = tiny(1), [], getattr(pretrain, where)
+    train(straight, tokens, tokens, SHORT)
 
+    def interrupted(*arguments):
+        result = original(*arguments)
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(pretrain, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), tokens, tokens, SHORT, folder=tmp_path, on_log=stop)
-    assert checkpoints(tmp_path)[-1].name == "step-000010"
-    assert "Stopped after step 10. Run this again to go on." in capsys.readouterr().out
+        train(tiny(1), tokens, tokens, SHORT, folder=tmp_path)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path)[-1].name == "step-000006"
+    assert "Stopped in step 8. Run this again to go on from the last checkpoint." in capsys.readouterr().out
+    resumed = tiny(2)
+    train(resumed, tokens, tokens, SHORT, folder=tmp_path)
+    assert same(straight, resumed)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tokens, tmp_path, monkeypatch):

