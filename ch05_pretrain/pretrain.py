@@ -166,7 +166,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(AdamW):
     """Orthogonalised running mean of the gradient for the groups marked ``orthogonal``, AdamW for the others.
 
-    Jordan et al. 2024. ``lr`` of an orthogonal group is the size of the step along every direction; tall matrices get more of it.
+    Jordan et al. 2024. ``lr`` of an orthogonal group is the size of the step along every direction; tall
+    matrices get more of it.
     """
 
     def update(self, p: Tensor, group: dict) -> None:
@@ -442,7 +443,7 @@ def train(model: GPT, train_tokens, val_tokens, config: TrainConfig, *, folder: 
                 if done % config.save_every == 0 and done < config.steps:
                     save()
     except KeyboardInterrupt:  # perhaps in the middle of a step, and half a step must not be saved
-        print(f"Stopped in step {done + 1:,}." + (" Run this again to go on from the last checkpoint." if folder else ""))
+        print(f"Stopped in step {done + 1:,}." + " Run this again to go on from the last checkpoint." * bool(folder))
         raise
     save()
     return history

@@ -154,7 +154,8 @@ class Scores:
         return self.true_positives / there if there else math.nan
 
     def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.1%}, precision {self.precision:.1%}, recall {self.recall:.1%}"
+        shares = ((name, getattr(self, name)) for name in ("accuracy", "precision", "recall"))
+        return ", ".join(f"{name} {'undefined' if math.isnan(x) else f'{x:.1%}'}" for name, x in shares)
 
 
 def last_state(states: Tensor, lengths: Tensor) -> Tensor:
@@ -187,8 +188,8 @@ class SequenceClassifier(nn.Module):
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Right-padded ids (B, T) and each row's number of real tokens (B,) -> logits (B, n_classes)."""
         if int(lengths.min()) < 1 or int(lengths.max()) > token_ids.size(1):
-            raise ValueError(f"lengths go from {int(lengths.min())} to {int(lengths.max())}; they must lie between "
-                             f"1 and the width of the batch, {token_ids.size(1)}. Leave out empty texts.")
+            raise ValueError(f"lengths go from {int(lengths.min())} to {int(lengths.max())}; give at least 1 and "
+                             f"at most {token_ids.size(1)}, the width of the batch. Leave out empty texts.")
         return self.head(self.pool(self.model.hidden_states(token_ids), lengths))
 
 
@@ -247,7 +248,7 @@ def fine_tune(model: nn.Module, batches: Sequence, loss_of: Callable[..., Tensor
 
 
 def train_classifier(classifier: SequenceClassifier, sequences: Sequence[Sequence[int]],
-                     labels: Sequence[int], *, epochs: int = 2, batch_size: int = 32, max_lr: float = 1e-3,
+                     labels: Sequence[int], *, epochs: int = 1, batch_size: int = 16, max_lr: float = 1e-3,
                      seed: int = 0,
                      on_log: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
     """Fine-tune model and head on token sequences and their class numbers; ``fine_tune``'s losses."""
@@ -407,17 +408,17 @@ def sft_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
     return cross_entropy(logits[mask], targets[mask])
 
 
-NOT_A_THING = ("old|young|little|poor|great|good|whole|same|others?|first|second|third|next|last|two|three|most|"
-               "more|very|only|following|latter|former")
+NOT_A_THING = ("old|young|little|poor|great|good|whole|same|others?|first|second|third|next|last|two|three|"
+               "most|more|very|only|following|latter|former")
 BEFORE = ("was|were|is|are|had|has|could|would|did|stood|went|came|said|sat|lay|saw|rose|shone|fell|knew|"
           "[a-z]+ed|who|which|that|and|of|in|on|with|to|at|as|by|from")
-THING = re.compile(rf"\b[Tt]he (?!(?:{NOT_A_THING})\b)([a-z]{{3,}})(?=,| (?:{BEFORE})\b)")
+THING = re.compile(rf"\b[Tt]he (?!(?:{NOT_A_THING})\b)([a-z]{{3,}})(?= (?:{BEFORE})\b)")
 
 
 def answers_in(text: str) -> Iterator[tuple[str, str]]:
     """(word, answer) for each "the ..." of a tale: the answer begins there and ends with the sentence."""
     for paragraph in text.split("\n\n")[1:]:  # the first is the title
-        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z\"])", " ".join(paragraph.split())):
+        for sentence in re.split(r"(?:(?<=[.!?])|(?<=[.!?]\")) (?=[A-Z\"])", " ".join(paragraph.split())):
             for match in THING.finditer(sentence):
                 answer = "T" + sentence[match.start() + 1 :].replace('"', "").strip()
                 if answer[-1] in ".!?":

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -46,7 +47,6 @@ from ch06_finetune.finetune import (
     train_classifier,
     wilson_interval,
 )
-from conftest import ROOT
 from utils.terminal_chat import talk
 
 WORDS = "the nightingale sang to the emperor and the emperor wept; then the sun rose over the sea. "
@@ -186,7 +186,7 @@ def test_pools_by_hand():
 
 def test_classifier_refuses_empty_texts_and_a_single_class():
     classifier = SequenceClassifier(tiny(50), 2)
-    with pytest.raises(ValueError, match="lengths go from 0 to 2.*between 1 and the width of the batch, 2"):
+    with pytest.raises(ValueError, match="lengths go from 0 to 2; give at least 1 and at most 2"):
         classifier(torch.zeros(2, 2, dtype=torch.long), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="lengths go from 2 to 3"):
         classifier(torch.zeros(2, 2, dtype=torch.long), torch.tensor([2, 3]))
@@ -274,21 +274,22 @@ def test_template_equals_smollm2s_own(their_template, messages, opening, prompt)
 
 def test_without_a_system_prompt_the_text_is_only_the_messages():
     assert format_chat([user("Hi")], system_prompt=None) == f"{START}user\nHi{END}\n"
-    assert format_chat([user("Hi")], True, "Sing.") == f"{START}system\nSing.{END}\n{START}user\nHi{END}\n{START}assistant\n"
+    expected = f"{START}system\nSing.{END}\n{START}user\nHi{END}\n{START}assistant\n"
+    assert format_chat([user("Hi")], True, "Sing.") == expected
 
 
-@pytest.mark.parametrize("function", [format_chat, lambda m: encode_chat(BPETokenizer.train(WORDS, 290, [START, END]), m)])
+@pytest.mark.parametrize("encode", [False, True])
 @pytest.mark.parametrize(("messages", "error", "words"), [
     ([], ValueError, "0 messages; give at least 1"),
-    ([user("Hi"), {"role": "robot", "content": "x"}], ValueError, "Message 1 has the role 'robot'; use one of system, user"),
+    ([user("Hi"), {"role": "robot", "content": "x"}], ValueError, "Message 1 has the role 'robot'; use one of system"),
     (["Hi"], TypeError, "Message 0 is 'Hi'; it must be a dict"),
     ("Hi", TypeError, "Message 0 is 'H'"),
     ([{"role": "user"}], TypeError, "'role' and 'content'"),
     ([{"role": "user", "content": None}], TypeError, "Message 0"),
 ])
-def test_what_is_no_conversation_is_refused(function, messages, error, words):
+def test_what_is_no_conversation_is_refused(tokenizer, encode, messages, error, words):
     with pytest.raises(error, match=words):
-        function(messages)
+        encode_chat(tokenizer, messages) if encode else format_chat(messages)
 
 
 @settings(deadline=None)
@@ -380,7 +381,8 @@ def test_chat_batch_pads_right_and_never_counts_padding(tokenizer):
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape
     for row, messages in enumerate(conversations):
         alone, counts = encode_chat(tokenizer, messages, system_prompt=None)
-        assert ids[row, : len(alone)].tolist() == alone and mask[row, : len(alone)].tolist() == [bool(c) for c in counts]
+        assert ids[row, : len(alone)].tolist() == alone
+        assert mask[row, : len(alone)].tolist() == [bool(c) for c in counts]
         assert not mask[row, len(alone) :].any()
         assert set(ids[row, len(alone) :].tolist()) <= {tokenizer.special_tokens[END_OF_TEXT]}
 
