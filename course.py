@@ -38,12 +38,12 @@ INSTALL_BYTES = 2.5e9  # a CPU-only PyTorch, JupyterLab and the rest, with room 
 
 # chapter, notebook, what it turns into what, seconds on two cores without a GPU
 CHAPTERS = {
-    "ch01": ("ch01_data/data.ipynb", "raw text to documents", 30),
-    "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 60),
-    "ch03": ("ch03_attention/attention.ipynb", "attention", 60),
-    "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 90),
-    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 220),
-    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 200),
+    "ch01": ("ch01_data/data.ipynb", "raw text to documents", 15),
+    "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 20),
+    "ch03": ("ch03_attention/attention.ipynb", "attention", 25),
+    "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 25),
+    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 230),
+    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 130),
 }
 
 
@@ -211,12 +211,12 @@ def run(arguments):
         run_notebooks(jobs, save=arguments.save)
     except NotebookError as error:
         fail(str(error))
+    report(names)
     if arguments.save and len(names) == len(CHAPTERS):
         from utils.overview import draw_overview
 
-        draw_overview({"%s: %s" % (name[2:].lstrip("0"), title): ROOT / path
-                       for name, (path, title, _) in CHAPTERS.items()}, ROOT / "docs" / "overview.png")
-    report(names)
+        notebooks = [ROOT / path for path, _, _ in CHAPTERS.values()]
+        draw_overview(notebooks, ROOT / "docs" / "overview.png")
     return 0
 
 

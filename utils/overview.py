@@ -25,13 +25,13 @@ def cover_figure(notebook: Path):
     raise ValueError(f"{notebook.parent.name}/{notebook.name} has no executed cell with the tag {TAG!r} and a figure.")
 
 
-def draw_overview(notebooks: dict[str, Path], target: Path) -> None:
-    """Lay out the cover figures of ``{title: notebook}`` in two rows and write them as a PNG file."""
-    fig, grid = figure(ncols=(len(notebooks) + 1) // 2, nrows=2, width=13, height=6.6)
+def draw_overview(notebooks: list[Path], target: Path) -> None:
+    """Lay out the cover figures of the chapters in two rows, numbered, and write them as a PNG file."""
+    fig, grid = figure(ncols=(len(notebooks) + 1) // 2, nrows=2, width=13, height=6)
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, (title, notebook) in zip(grid.flat, notebooks.items(), strict=False):
+    for axes, (number, notebook) in zip(grid.flat, enumerate(notebooks, 1), strict=False):
         axes.imshow(cover_figure(notebook), interpolation="lanczos")
-        axes.set_title(title, fontsize=13, fontweight="bold")
+        axes.set_title(f"{number}  {notebook.stem}", fontsize=13, fontweight="bold")
     with atomic_write(target) as temporary:
         fig.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
