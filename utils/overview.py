@@ -30,6 +30,7 @@ def draw_overview(notebooks: list[Path], target: Path) -> None:
     fig, grid = figure(ncols=(len(notebooks) + 1) // 2, nrows=2, width=13, height=6)
     for axes in grid.flat:
         axes.set_axis_off()
+        axes.set_anchor("NW")
     for axes, (number, notebook) in zip(grid.flat, enumerate(notebooks, 1), strict=False):
         axes.imshow(cover_figure(notebook), interpolation="lanczos")
         axes.set_title(f"{number}  {notebook.stem}", fontsize=13, fontweight="bold")
