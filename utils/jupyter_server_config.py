@@ -24,3 +24,5 @@ c = get_config()  # noqa: F821 - Jupyter defines it
 c.FileContentsManager.post_save_hook = export_on_save
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.allow_remote_access = False
+c.LabApp.news_url = None  # JupyterLab asks nobody outside for news or updates
+c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"

@@ -109,6 +109,8 @@ def _tidy(outputs: list) -> list:
         else:
             tidy.append(output)
     for output in tidy:
+        if "data" in output:  # a widget without its kernel is dead: what stays is the picture beside it
+            output.data.pop("application/vnd.jupyter.widget-view+json", None)
         if output.output_type == "stream":
             output.text = "".join(_overwritten(line) for line in re.findall(r"[^\n]*\n|[^\n]+", output.text))
     return [o for o in tidy if o.output_type != "stream" or o.text.strip()]

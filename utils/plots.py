@@ -11,6 +11,7 @@ import base64
 import io
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .progress import in_notebook
+from .workspace import atomic_write
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 GREY = "#595959"
@@ -42,20 +44,31 @@ def figure(ncols: int = 1, nrows: int = 1, width: float = 6.6, height: float = 3
 
 def show(fig: Figure, alt: str) -> None:
     """Display a figure here, with ``alt`` as its alternative text (what it shows, in one sentence)."""
-    data, metadata = _bundle(fig, alt)
+    data, metadata = bundle(fig, alt)
     if in_notebook():
         from IPython.display import display
         display(data, metadata=metadata, raw=True)
 
 
-def _bundle(fig: Figure, alt: str) -> tuple[dict, dict]:
-    if not alt.strip():
-        raise ValueError("A figure needs alternative text: say in a sentence what it shows.")
+def save(fig: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(_png(fig))
+
+
+def _png(fig: Figure) -> bytes:
     drawn, buffer = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=144)
     image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
     image.save(buffer, format="png", optimize=True)
-    png = base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def bundle(fig: Figure, alt: str) -> tuple[dict, dict]:
+    """A figure as Jupyter's MIME bundle: (data, metadata), with ``alt`` as its alternative text."""
+    if not alt.strip():
+        raise ValueError("A figure needs alternative text: say in a sentence what it shows.")
+    png = base64.b64encode(_png(fig)).decode()
     width = round(fig.get_figwidth() * 100)  # in CSS pixels; the image holds 1.44 pixels for each
     return ({"image/png": png, "text/plain": f"Figure: {alt}"}, {"image/png": {"alt": alt, "width": width}})
 
@@ -171,7 +184,7 @@ class LiveCurves:
         fig, axes = figure(height=3.3)
         _draw_lines(axes, self.series, self.references, markers=False)
         _finish(axes, *self.labels)
-        data, metadata = _bundle(fig, self.alt)
+        data, metadata = bundle(fig, self.alt)
         if self._handle is None:
             self._handle = display(data, metadata=metadata, raw=True, display_id=True)
         else:
