@@ -3,6 +3,7 @@
 
     python3 course.py run [ch01 ...]   from raw text to a model that answers, chapter by chapter
     python3 course.py test             every test, and every notebook run again
+    python3 course.py bench [NAME]     this course against the usual libraries, side by side
     python3 course.py lab              JupyterLab on this machine
     python3 course.py chat             talk to SmolLM2 on the course's own code
     python3 course.py export [--check] write each chapter's module from its notebook
@@ -38,24 +39,36 @@ INSTALL_BYTES = 2.5e9  # a CPU-only PyTorch, JupyterLab and the rest, with room 
 
 # chapter, notebook, what it turns into what, seconds on two cores without a GPU
 CHAPTERS = {
-    "ch01": ("ch01_data/data.ipynb", "raw text to documents", 15),
-    "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 20),
+    "ch01": ("ch01_data/data.ipynb", "raw text to documents", 55),
+    "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 35),
     "ch03": ("ch03_attention/attention.ipynb", "attention", 25),
     "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 25),
     "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 230),
     "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 130),
 }
 
+# further notebooks, one question each; run by name, or all of them with --all
+DEEP_DIVES = {
+    "near_duplicates": ("ch01_data/near_duplicates.ipynb", "100,000 documents: which are the same?", 35),
+    "pipeline": ("ch01_data/pipeline.ipynb", "a corpus in one command, on one core or many", 35),
+    "how_much_data": ("ch01_data/how_much_data.ipynb", "how much text does a model need?", 35),
+    "vocabulary": ("ch02_tokenizer/vocabulary.ipynb", "how large a vocabulary, and what it costs", 20),
+}
+NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
+
+# what is measured, and the module that says how
+BENCHES = {"tokenizer": "tests.bench_tokenizer"}
+
 
 def main(argv):
     arguments = parse(argv)
     if arguments.command == "export":
         return export(arguments)
-    requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if arguments.command == "test" else [])
+    requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if arguments.command in ("test", "bench") else [])
     python = ready_environment(requirements)
     if not same_environment(python):
         return hand_over(python, argv)
-    return {"run": run, "test": test, "lab": lab, "chat": chat}[arguments.command](arguments)
+    return {"run": run, "test": test, "lab": lab, "chat": chat, "bench": bench}[arguments.command](arguments)
 
 
 def parse(argv):
@@ -65,7 +78,9 @@ def parse(argv):
                "COURSE_DEVICE=cpu|cuda|mps chooses the device.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("run", help="execute the chapters in order, from raw text to a model that answers")
-    command.add_argument("chapters", nargs="*", metavar="ch01", help="only these chapters")
+    command.add_argument("notebooks", nargs="*", metavar="ch01",
+                         help="only these chapters or deep dives (%s)" % ", ".join(DEEP_DIVES))
+    command.add_argument("--all", action="store_true", help="all chapters and all deep dives")
     command.add_argument("--save", action="store_true",
                          help="write the outputs into the notebooks themselves (for maintainers)")
     command = commands.add_parser("test", help="every test and every notebook; further arguments go to pytest")
@@ -80,10 +95,17 @@ def parse(argv):
     command.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
     command = commands.add_parser("export", help="write each chapter's module from its notebook")
     command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
+    command = commands.add_parser("bench", help="measure this course against the usual libraries, interleaved")
+    command.add_argument("names", nargs="*", metavar="NAME", help="one or more of %s; or all" % ", ".join(BENCHES))
+    command.add_argument("--rounds", type=int, default=5, help="timed runs of each contender; medians are shown")
+    command.add_argument("--quick", action="store_true", help="small sizes and one round: does it run at all?")
     arguments = parser.parse_args(argv)
-    for name in getattr(arguments, "chapters", []):
-        if name not in CHAPTERS:
-            parser.error("there is no chapter %r; the chapters are %s" % (name, ", ".join(CHAPTERS)))
+    for given, table in (("notebooks", NOTEBOOKS), ("names", dict(BENCHES, all=""))):
+        for name in getattr(arguments, given, []):
+            if name not in table:
+                parser.error("there is no notebook or bench %r; there are %s" % (name, ", ".join(table)))
+    if getattr(arguments, "rounds", 1) < 1:
+        parser.error("--rounds is %d; it must be at least 1" % arguments.rounds)
     return arguments
 
 
@@ -204,15 +226,15 @@ def indented(text):
 def run(arguments):
     from utils.notebooks import Job, NotebookError, run_notebooks
 
-    names = arguments.chapters or list(CHAPTERS)
-    jobs = [Job(ROOT / path, title, seconds) for path, title, seconds in (CHAPTERS[name] for name in names)]
+    names = arguments.notebooks or list(NOTEBOOKS if arguments.all else CHAPTERS)
+    jobs = [Job(ROOT / path, title, seconds) for path, title, seconds in (NOTEBOOKS[name] for name in names)]
     check_modules()
     try:
         run_notebooks(jobs, save=arguments.save)
     except NotebookError as error:
         fail(str(error))
     report(names)
-    if arguments.save and len(names) == len(CHAPTERS):
+    if arguments.save and set(names) >= set(CHAPTERS):
         from utils.overview import draw_overview
 
         notebooks = [ROOT / path for path, _, _ in CHAPTERS.values()]
@@ -302,6 +324,19 @@ def chat(arguments):
 
     assistant = Assistant.smollm2(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     return talk(assistant, system=arguments.system)
+
+
+def bench(arguments):
+    import importlib
+
+    from utils.bench import compare
+
+    check_modules()
+    names = list(BENCHES) if not arguments.names or "all" in arguments.names else arguments.names
+    for name in names:
+        rows = importlib.import_module(BENCHES[name]).rows(arguments.quick)
+        compare(rows, 1 if arguments.quick else arguments.rounds, name, "quick" if arguments.quick else "full")
+    return 0
 
 
 def export(arguments):

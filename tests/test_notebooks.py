@@ -11,17 +11,30 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+import course
 from utils.export import ExportError, chapter_notebooks, export_all, module_source
 from utils.notebooks import Job, NotebookError, normalised, run_notebooks
 
 NOTEBOOKS = chapter_notebooks()
 CHAPTERS = ["ch01_data", "ch02_tokenizer", "ch03_attention", "ch04_gpt", "ch05_pretrain", "ch06_finetune"]
-by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}/{p.name}")
+MAIN = [ROOT / folder / f"{folder.split('_')[1]}.ipynb" for folder in CHAPTERS]
+DEEP_DIVES = [path for path in NOTEBOOKS if path not in MAIN]
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.name}"
+
+
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 
 
 def code_cells(path):
     cells = nbformat.read(path, as_version=4).cells
     return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def prose(path):
+    return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
 
 
 def outputs(path):
@@ -32,9 +45,27 @@ def outputs(path):
 
 
 def test_every_chapter_is_there():
-    for folder in CHAPTERS:
-        stem = folder.split("_")[1]
-        assert {p.name for p in (ROOT / folder).iterdir()} >= {f"{stem}.ipynb", f"{stem}.py", "previous_chapters.py"}
+    for path in MAIN:
+        files = {p.name for p in path.parent.iterdir()}
+        assert files >= {path.name, path.with_suffix(".py").name, "previous_chapters.py"}
+
+
+def test_course_py_knows_every_notebook_and_the_readme_names_it():
+    known = [ROOT / path for path, _, _ in course.NOTEBOOKS.values()]
+    assert sorted(known) == NOTEBOOKS and len(course.CHAPTERS) == len(MAIN)
+    assert all(path.endswith(f"/{name}.ipynb") for name, (path, _, _) in course.DEEP_DIVES.items())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name_of(path) for path in NOTEBOOKS if f"({name_of(path)})" not in readme] == []
+
+
+def test_a_chapter_names_its_deep_dives_and_links_lead_somewhere():
+    for path in NOTEBOOKS:
+        text = prose(path)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            assert "://" in target or (path.parent / target).exists(), f"{name_of(path)} links to {target}"
+    for path in DEEP_DIVES:
+        main = next(main for main in MAIN if main.parent == path.parent)
+        assert f"]({path.name})" in prose(main), f"{name_of(main)} does not name {path.name}"
 
 
 @by_name
@@ -85,13 +116,23 @@ def test_headings_do_not_skip_levels(path):
     assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
 
 
-@by_name
+@pytest.mark.parametrize("path", MAIN, ids=name_of)
 def test_has_the_parts_of_a_chapter(path):
-    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    text = prose(path)
     for part in ("## What can go wrong", "## Exercises", "## Where this stands today", "## Summary"):
         assert part in text
     assert text.count("Before you run the next cell") >= 3
     assert len(re.findall(r"\*\*Exercise \d\.\d+", text)) >= 4
+
+
+@pytest.mark.parametrize("path", DEEP_DIVES, ids=name_of)
+def test_has_the_parts_of_a_deep_dive(path):
+    text = prose(path)
+    assert text.startswith("# Deep dive: ")
+    for part in ("## Exercises", "## Where this stands today", "## Summary"):
+        assert part in text
+    assert text.count("Before you run the next cell") >= 2
+    assert len(re.findall(r"\*\*Exercise [A-Z]", text)) >= 2
 
 
 @by_name
@@ -168,7 +209,7 @@ def test_everything_is_defined_once():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 defined[node.name].append(path.relative_to(ROOT).as_posix())
-    commands = {"run", "test", "lab", "chat", "export", "main"}
+    commands = {"run", "test", "lab", "chat", "bench", "export", "main"}
     assert {name: places for name, places in defined.items() if len(places) > 1 and name not in commands} == {}
 
 
