@@ -847,7 +847,14 @@ def corpus_summary(manifest: dict) -> str:
                               "words in a row with train"])
 
 
-NUMBERS = ("threshold", "n_perm", "val_fraction", "seed", "ngram", "shard_bytes")
+NUMBERS = {
+    "threshold": "similarity from which texts count as duplicates, 0 to 1",
+    "n_perm": "values in a signature; more are slower and more exact",
+    "val_fraction": "share of the characters for validation",
+    "seed": "another one gives another split",
+    "ngram": "words in a row that val must not share with train",
+    "shard_bytes": "largest size of a shard",
+}
 
 
 EPILOG = """\
@@ -876,9 +883,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--html", action="store_true", help="the texts in .jsonl files are HTML pages")
     add("--ignore-rule", action="append", default=[], metavar="RULE", help="a rule not to apply, or all; repeat")
     add("--no-mask", action="store_true", help="leave e-mail addresses and telephone numbers as they are")
-    for name in NUMBERS:
+    for name, meaning in NUMBERS.items():
         value = getattr(default, name)
-        add("--" + name.replace("_", "-"), type=type(value), default=value, metavar="X", help=f"({value})")
+        add("--" + name.replace("_", "-"), type=type(value), default=value, metavar="X", help=f"{meaning} ({value})")
     add("--licence", action="append", default=[], metavar="SOURCE=TEXT", help="for the manifest; repeat")
     return parser
 
