@@ -19,10 +19,15 @@ def export_on_save(model, os_path, contents_manager, **_):
         contents_manager.log.warning("%s was left as it was: %s", short_path(path.with_suffix(".py")), error)
 
 
+def without_news(handler, page_config):
+    """JupyterLab without the question whether it may fetch news: it asks nobody outside for anything."""
+    page_config.setdefault("disabledExtensions", []).append("@jupyterlab/apputils-extension:announcements")
+    return page_config
+
+
 warnings.filterwarnings("ignore", message="Overriding existing post_save_hook")  # Jupyter reads this file twice
 c = get_config()  # noqa: F821 - Jupyter defines it
 c.FileContentsManager.post_save_hook = export_on_save
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.allow_remote_access = False
-c.LabApp.news_url = None  # JupyterLab asks nobody outside for news or updates
-c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
+c.ServerApp.tornado_settings = {"page_config_hook": without_news}
