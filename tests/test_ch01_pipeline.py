@@ -249,10 +249,11 @@ def test_resumes_after_kills_at_random_moments(sources, reference, tmp_path, wor
                                    stderr=subprocess.DEVNULL)
         family = psutil.Process(process.pid)
         parts = len(list((out / ".parts").glob("*.json"))) if kill else 0
+        wanted = parts + generator.randint(1, 6)
         try:  # some work is done, then a moment passes, then the power fails
-            while process.poll() is None and len(list(out.glob(".parts/*.json"))) < parts + 2:
+            while process.poll() is None and len(list(out.glob(".parts/*.json"))) < wanted:
                 time.sleep(0.002)
-            time.sleep(generator.random() * 0.15)
+            time.sleep(generator.random() * 0.02)
             children = family.children(recursive=True) if process.poll() is None else []
             kills += process.poll() is None
         finally:
@@ -260,7 +261,7 @@ def test_resumes_after_kills_at_random_moments(sources, reference, tmp_path, wor
             process.wait()
         gone, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, "workers outlive their parent"
-    assert kills >= 3
+    assert kills >= 3, f"only {kills} of 5 runs were still going when the power failed"
     assert subprocess.run([sys.executable, script], cwd=tmp_path, timeout=120).returncode == 0
     assert contents(out) == contents(reference[0])
 

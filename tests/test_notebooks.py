@@ -144,6 +144,15 @@ def test_cells_are_short_and_some_are_compared_exactly(path):
     assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in cells)
 
 
+@by_name
+def test_cells_compared_exactly_do_not_say_what_was_downloaded_or_built(path):
+    """Such lines are there in the first run and gone in the second."""
+    for cell in code_cells(path):
+        if "nbval-check-output" in cell.metadata.get("tags", []):
+            text = "".join(output.get("text", "") for output in cell.outputs)
+            assert not re.search(r"^(Downloaded|Built|Using) ", text, re.M), cell.source[:200]
+
+
 # ---------------------------------------------------------------- notebook to module
 
 
