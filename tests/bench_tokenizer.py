@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ch01_data.data import load_documents
 from ch02_tokenizer.tokenizer import END_OF_TEXT, BPETokenizer, train_bpe
 from utils.bench import COURSE, Row
-from utils.workspace import workspace
+from utils.workspace import workspace, write_text
 
 VOCAB_SIZE = 4096
 
@@ -20,7 +20,8 @@ def rows(quick: bool = False) -> list[Row]:
     return [
         Row("Train byte-level BPE to 4,096 tokens", here,
             {COURSE: "train_ours", "tokenizers, by document": "train_by_document",
-             "tokenizers, by line": "train_by_line"}, size, size / 1e6, "MB", aim=2.0),
+             "tokenizers, by line": "train_by_line", "tokenizers, from a file": "train_from_file"},
+            size, size / 1e6, "MB", aim=2.0),
         Row("Encode with that vocabulary", here,
             {COURSE: "encode_ours", f"{COURSE}, to_tiktoken": "encode_tiktoken",
              "tokenizers": "encode_peer", "tokenizers, batch": "encode_peer_batch"}, more, more / 1e6, "MB"),
@@ -70,6 +71,18 @@ def train_by_document(size):
 
 def train_by_line(size):
     return train_peer([line for text in texts(size) for line in text.splitlines(keepends=True)])
+
+
+def train_from_file(size):
+    """As the library's own introduction does it: the trainer is given the name of a file."""
+    path = workspace("bench") / f"text-{size}.txt"
+    write_text(path, "".join(texts(size)))
+
+    def run():
+        tokenizer, trainer = peer()
+        tokenizer.train([str(path)], trainer)
+        return tokenizer
+    return run
 
 
 # ---------------------------------------------------------------- encoding
