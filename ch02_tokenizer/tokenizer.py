@@ -16,6 +16,8 @@ __all__ = [
     "split_words",
     "WALL",
     "PAIR",
+    "words_in_a_row",
+    "find_pairs",
     "TokenRow",
     "PairCounts",
     "BACKWARDS",
@@ -26,9 +28,23 @@ __all__ = [
     "CHUNK",
     "CHUNKS",
     "split_chunks",
+    "WALL_BYTE",
+    "RARE_SPACE",
+    "byte_ranks",
+    "LEFT_RANKS",
+    "RIGHT_RANKS",
+    "find_cuts",
+    "WALLS_BEHIND",
+    "as_numbers",
+    "GOLDEN",
+    "count_numbers",
+    "BATCH",
+    "count_batch",
+    "count_chunks",
+    "utf8_bytes",
+    "chunks_to_words",
     "check_special_tokens",
     "split_special",
-    "utf8_bytes",
     "read_utf8",
     "count_words",
     "train_bpe",
@@ -136,22 +152,40 @@ WALL = -1        # stands between two words, where no pair can be
 PAIR = 2**32     # a pair is one number, a * PAIR + b: faster to look up than a tuple
 
 
+def words_in_a_row(counts: Counter[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """All words in one row, walls between them: the byte at each place, and how often its word occurs."""
+    sizes = 1 + np.fromiter(map(len, counts), np.int64, len(counts))  # a word and the wall behind it
+    row = np.zeros(1 + sizes.sum(), np.int16)
+    row[0] = row[np.cumsum(sizes)] = WALL
+    row[row != WALL] = np.frombuffer(b"".join(counts), np.uint8)
+    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), sizes)
+    return row, np.append(0, weight)
+
+
+def find_pairs(row: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
+    """Each pair (a, b) of bytes that are neighbours, and the places where it begins, from left to right."""
+    places = np.flatnonzero((row[:-1] != WALL) & (row[1:] != WALL))
+    pairs = row[places].astype(np.uint16) * 256 + row[places + 1].astype(np.uint16)
+    order = np.argsort(pairs, kind="stable")  # equal pairs side by side; stable: in the order they had
+    pairs, places = pairs[order].astype(int), places[order].tolist()
+    cuts = np.flatnonzero(np.diff(pairs, prepend=-1, append=-1))
+    for pair, (start, end) in zip(pairs[cuts[:-1]].tolist(), pairwise(cuts.tolist()), strict=True):
+        yield pair // 256, pair % 256, places[start:end]
+
+
 class TokenRow:
-    """All words in one row of places, a byte each, walls between them; ids 0-255 are the bytes.
+    """The row while pairs are joined; ids 0-255 are the bytes.
 
     A token that covers several places is written at its first (``begins``) and behind its last (``ends``).
     ``weight`` is how often the word at each place occurs, ``length`` how many bytes each token has.
     """
 
-    def __init__(self, counts: Counter[bytes]):
-        self.begins, self.weight, self.length = [WALL], [0], [1] * 256
-        for word, n in counts.items():
-            self.begins += [*word, WALL]
-            self.weight += [n] * (len(word) + 1)
-        self.ends = [WALL, *self.begins[:-1]]
+    def __init__(self, row: np.ndarray, weight: np.ndarray):
+        self.begins, self.ends = row.tolist(), [WALL, *row[:-1].tolist()]
+        self.weight, self.length = weight.tolist(), [1] * 256
 
     def join(self, places: list[int], a: int, b: int, new: int) -> tuple[dict, dict]:
-        """Make b after a one token at the places where it still is; these by left and by right neighbour."""
+        """Make b after a one token wherever it still is; those places, by left and by right neighbour."""
         begins, ends = self.begins, self.ends
         step, length = self.length[a], self.length[a] + self.length[b]
         self.length.append(length)
@@ -171,13 +205,11 @@ class PairCounts:
     """How often each pair of neighbours occurs in words, kept up to date while pairs are merged."""
 
     def __init__(self, counts: Counter[bytes]):
-        self.row = TokenRow(counts)
+        row, weight = words_in_a_row(counts)
+        self.row = TokenRow(row, weight)
         self.count: dict[int, int] = {}
         self.places: dict[int, list[int]] = {}  # where the pair may begin: some of it may be gone since
-        places = defaultdict(list)
-        for place, pair in enumerate(pairwise(self.row.begins)):
-            places[pair].append(place)
-        self.first = [self._enter(*pair, where) for pair, where in places.items() if WALL not in pair]
+        self.first = [self._enter(a, b, places) for a, b, places in find_pairs(row)]
 
     def _enter(self, a: int, b: int, places: list[int]) -> tuple[int, int, int]:
         self.places[a * PAIR + b] = places
@@ -205,8 +237,8 @@ BACKWARDS = bytes(range(255, -1, -1))
 
 
 def descending(token: bytes) -> str:
-    """A key by which byte strings sort from the greatest to the smallest."""
-    return token.translate(BACKWARDS).decode("latin-1") + "\u0100"
+    """A key by which byte strings sort from the greatest to the smallest; abc is greater than ab."""
+    return token.translate(BACKWARDS).decode("latin-1") + "\u0100"  # an end that sorts behind all bytes
 
 
 @contextmanager
@@ -221,6 +253,7 @@ def garbage_collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+@garbage_collector_paused()
 def learn_merges(counts: Counter[bytes], n_merges: int) -> Merges:
     """Merge the most frequent pair ``n_merges`` times; of equals, the greatest pair of byte strings.
 
@@ -229,11 +262,10 @@ def learn_merges(counts: Counter[bytes], n_merges: int) -> Merges:
     """
     tokens, merges = [bytes([i]) for i in range(256)], []
     keys = [descending(token) for token in tokens]
-    bar = progress(description="Learning merges", total=n_merges, unit="merge")
-    with garbage_collector_paused(), bar:
-        pairs = PairCounts(counts)
-        heap = [(-n, keys[a], keys[b], a, b) for n, a, b in pairs.first]
-        heapq.heapify(heap)
+    pairs = PairCounts(counts)
+    heap = [(-n, keys[a], keys[b], a, b) for n, a, b in pairs.first]
+    heapq.heapify(heap)
+    with progress(description="Learning merges", total=n_merges, unit="merge") as bar:
         while len(merges) < n_merges and heap and heap[0][0] < 0:
             negative, *rest, a, b = heap[0]
             if (count := pairs.count[a * PAIR + b]) != -negative:
@@ -266,6 +298,123 @@ def split_chunks(text: str, pattern: str) -> list[str]:
     return CHUNKS[pattern].findall(text) if pattern in CHUNKS else [text] if text else []
 
 
+WALL_BYTE = b"\xff"  # stands between two texts: no byte of UTF-8 has this value
+RARE_SPACE = re.compile(r"[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+
+
+def byte_ranks(beyond_ascii: int, line_end: int, wall: int) -> bytes:
+    """A table of the rank of each byte: 1 for a letter, 2 for a sign, 3 for a space, and three as given."""
+    ranks = bytearray([2] * 128 + [beyond_ascii] * 127 + [wall])
+    for byte in range(128):
+        if bytes([byte]).isalpha():
+            ranks[byte] = 1
+        elif byte in b"\t\v\f ":
+            ranks[byte] = 3
+    ranks[ord("\r")] = ranks[ord("\n")] = line_end
+    return bytes(ranks)
+
+
+LEFT_RANKS = byte_ranks(beyond_ascii=2, line_end=3, wall=0)
+RIGHT_RANKS = {pattern: byte_ranks(beyond_ascii=1, line_end=2 if pattern == GPT4_PATTERN else 3, wall=4)
+               for pattern in CHUNKS}
+
+
+def find_cuts(raw: bytes, pattern: str) -> np.ndarray:
+    """Places in UTF-8 (without rare spaces) before which no piece of a pattern in ``CHUNKS`` can cross."""
+    left, right = (np.frombuffer(raw.translate(ranks), np.uint8) for ranks in (LEFT_RANKS, RIGHT_RANKS[pattern]))
+    return 1 + np.flatnonzero(left[:-1] < right[1:])
+
+
+WALLS_BEHIND = np.array([-1 << 8 * size & 2**64 - 1 for size in range(8)] + [0], np.uint64)
+
+
+def as_numbers(raw: bytes, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Pieces of at most 8 bytes, each as one ``uint64``: its bytes, and behind them the byte 255."""
+    from_each_place = np.ndarray(len(raw), "<u8", raw + 8 * WALL_BYTE, strides=1)  # the 8 bytes from there on
+    return from_each_place[starts] | WALLS_BEHIND[sizes]
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: Knuth, The Art of Computer Programming, 6.4
+
+
+def count_numbers(numbers: np.ndarray, bits: int = 18) -> tuple[np.ndarray, np.ndarray]:
+    """The different numbers of a ``uint64`` array, in no order, and how often each occurs."""
+    slots = (numbers * GOLDEN >> np.uint64(64 - bits)).astype(np.int64)
+    table = np.zeros(2**bits, np.uint64)
+    table[slots] = numbers                 # where several want one slot, one of them stays
+    at_home = table[slots] == numbers      # equal numbers share a slot: all of them are at home, or none is
+    n = np.bincount(slots[at_home], minlength=1)
+    used = np.flatnonzero(n)
+    rest, n_rest = np.unique(numbers[~at_home], return_counts=True)
+    return np.append(table[used], rest), np.append(n[used], n_rest)
+
+
+BATCH = 2**20  # characters of so many texts are counted together
+
+
+def count_batch(texts: list[bytes], pattern: str) -> Counter[bytes]:
+    """How often each chunk occurs in some texts, counted all at once; each wall counts as an empty chunk."""
+    raw = WALL_BYTE + WALL_BYTE.join(texts)
+    starts = np.append(0, find_cuts(raw, pattern))
+    sizes = np.diff(starts, append=len(raw))
+    short = sizes <= 8
+    numbers, n = count_numbers(as_numbers(raw, starts[short], sizes[short]))
+    eights = numbers.astype("<u8").view("V8").tolist()  # the 8 bytes of each again
+    chunks = [eight.rstrip(WALL_BYTE) for eight in eights]
+    counts = Counter(dict(zip(chunks, n.tolist(), strict=True)))
+    starts, ends = starts[~short].tolist(), (starts + sizes)[~short].tolist()
+    counts.update([raw[start:end] for start, end in zip(starts, ends, strict=True)])
+    return counts
+
+
+def count_chunks(texts: Iterable[str], pattern: str) -> Counter[bytes]:
+    """How often each chunk occurs in texts, as UTF-8 (in which half a surrogate pair is let through)."""
+    counts, batch, size = Counter(), [], 0
+    for text in texts:
+        if pattern not in CHUNKS or not str.isascii(text) and RARE_SPACE.search(text):
+            for chunk, n in Counter(split_chunks(text, pattern)).items():
+                counts[chunk.encode("utf-8", "surrogatepass")] += n
+            continue
+        batch.append(text.encode("utf-8", "surrogatepass"))
+        size += len(text)
+        if size > BATCH:
+            counts.update(count_batch(batch, pattern))
+            batch, size = [], 0
+    counts.update(count_batch(batch, pattern) if batch else ())
+    del counts[b""]
+    return counts
+
+
+def utf8_bytes(text: str) -> bytes:
+    """Text as UTF-8; ``ValueError`` for half a surrogate pair, which is no character."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{text[:40]!r} holds {code}, half of a surrogate pair, which UTF-8 cannot write. "
+                         "Replace it: text.encode('utf-8', 'replace').decode().") from None
+
+
+def chunks_to_words(chunks: Counter[bytes], pattern: str) -> Counter[bytes]:
+    """How often each piece of the pattern occurs, if each chunk occurs as often as the counter says."""
+    words, alike = Counter(), defaultdict(list)
+    ranks = RIGHT_RANKS.get(pattern, bytes(256))
+    for chunk, n in chunks.items():
+        if pattern in CHUNKS and chunk.startswith(b" ") and chunk[1:].isalpha():
+            words[chunk] += n  # a space and letters: one piece
+            continue
+        text, rank = chunk.decode("utf-8", "surrogatepass"), ranks[chunk[0]]
+        # May the next chunk of its kind stand behind it? It may if there, too, the rank rises.
+        joins_on = chunk[-1:].isalpha() if rank == 2 else rank == 3 and not text[-1].isspace()
+        alike[n, rank if joins_on else chunk].append(text)
+    cut = Counter()
+    for (n, _), group in alike.items():
+        for word in split_words("".join(group), pattern):
+            cut[word] += n
+    words.update({utf8_bytes(word): n for word, n in cut.items()})
+    return words
+
+
 def check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
     """The names as a list; ``ValueError`` for an empty or repeated one."""
     names = list(special_tokens)
@@ -285,16 +434,6 @@ def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     """
     names = sorted(special_tokens, key=len, reverse=True)
     return regex.split("(" + "|".join(map(regex.escape, names)) + ")", text) if names else [text]
-
-
-def utf8_bytes(text: str) -> bytes:
-    """Text as UTF-8; ``ValueError`` for half a surrogate pair, which is no character."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"{text[:40]!r} holds {code}, half of a surrogate pair, which UTF-8 cannot write. "
-                         "Replace it: text.encode('utf-8', 'replace').decode().") from None
 
 
 def read_utf8(path: Path, errors: str = "strict") -> str:
@@ -317,20 +456,9 @@ def count_words(text: str | Path | Iterable[str], special_tokens: Iterable[str] 
     Counts chunks first, and cuts each different chunk into pieces only once.
     """
     text = read_utf8(text, errors) if isinstance(text, Path) else text
-    names, chunks, words = list(special_tokens), Counter(), defaultdict(int)
-    for piece in [text] if isinstance(text, str) else text:
-        for ordinary in split_special(piece, names)[::2]:
-            chunks.update(split_chunks(ordinary, pattern))
-    alike = defaultdict(list)  # chunks that are equally frequent can be cut together, which is faster
-    starts = "" if pattern not in CHUNKS else " " if pattern == GPT4_PATTERN else " \n"
-    for chunk, n in chunks.items():
-        joins_on = chunk[0] in starts and not chunk[-1].isspace()
-        alike[n if joins_on else (n, chunk)].append(chunk)
-    for key, group in alike.items():
-        n = key if isinstance(key, int) else key[0]
-        for word in split_words("".join(group), pattern):
-            words[word] += n
-    return Counter({utf8_bytes(word): n for word, n in words.items()})
+    texts, names = [text] if isinstance(text, str) else text, list(special_tokens)
+    ordinary = (part for piece in texts for part in split_special(piece, names)[::2])
+    return chunks_to_words(count_chunks(ordinary, pattern), pattern)
 
 
 def train_bpe(text: str | Path | Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from itertools import pairwise
@@ -112,6 +113,30 @@ def test_fast_merges_equal_the_definition(words, n_merges):
     assert len({a + b for a, b in merges}) == len(merges)  # every merge makes a new token
 
 
+@pytest.mark.parametrize("word", [b"aaaa", b"aaaaa", b"ababab", b"aabaabaab", b"abaababa", bytes([0, 255] * 4)])
+def test_fast_merges_equal_the_definition_where_pairs_overlap(word):
+    for counts in (Counter({word: 3}), Counter({word: 1, word[1:]: 2, word * 2: 5, word[:1]: 7, b"": 1})):
+        assert chapter.learn_merges(counts, 30) == slow_merges(counts, 30)
+
+
+def test_the_row_holds_every_pair_where_it_is():
+    dice = random.Random(2)
+    counts = Counter({bytes(dice.choices([0, 1, 98, 255], k=dice.randint(0, 6))): dice.randint(1, 2**40)
+                      for _ in range(50)})
+    row, weight = chapter.words_in_a_row(counts)
+    found = {(a, b): places for a, b, places in chapter.find_pairs(row)}
+    expected = {}
+    for place, pair in enumerate(pairwise(row.tolist())):
+        if chapter.WALL not in pair:
+            expected.setdefault(pair, []).append(place)
+    assert found == expected
+    occurs = Counter()
+    for word, n in counts.items():
+        for pair in pairwise(word):
+            occurs[pair] += n
+    assert {pair: sum(weight[places].tolist()) for pair, places in found.items()} == occurs
+
+
 @given(st.lists(ANY_TEXT | NASTIEST, max_size=4), st.integers(0, 30), st.sampled_from([*PATTERNS.values()]))
 @example(["a !", "\nfoo"], 0, GPT4_PATTERN)  # two chunks that may not be cut together
 @settings(max_examples=200, deadline=None)
@@ -121,6 +146,36 @@ def test_the_fast_trainer_learns_what_the_slow_one_learns(texts, n_merges, patte
     expected = slow_merges(words, n_merges)
     if words and len(expected) == n_merges:
         assert train_bpe(texts, 256 + n_merges, (), pattern)[1] == expected
+
+
+@given(st.lists(NASTIEST, max_size=30), st.sampled_from([*PATTERNS.values(), r"\s+|\S+"]), st.integers(0, 40))
+@settings(max_examples=400, deadline=None)
+def test_texts_are_counted_alike_in_batches_of_any_size(texts, pattern, batch):
+    expected = Counter(word.encode() for text in texts for word in regex.findall(pattern, text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter, "BATCH", batch)
+        assert chapter.count_words(texts, (), pattern) == expected
+
+
+def test_chunks_of_all_lengths_are_counted():
+    words = [letters * n for n in range(1, 20) for letters in ("a", "b", "ø", "\0")]
+    assert chapter.count_words([" ".join(words * 3)]) == Counter(
+        {word.encode(): n for word, n in Counter(split_words(" ".join(words * 3))).items()})
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 6))
+@settings(deadline=None)
+def test_numbers_are_counted_also_where_they_share_slots(numbers, bits):
+    different, n = chapter.count_numbers(np.array(numbers * 2, np.uint64), bits)
+    assert len(different) == len(set(numbers))
+    assert dict(zip(different.tolist(), n.tolist(), strict=True)) == Counter(numbers * 2)
+
+
+def test_many_short_texts_are_counted_as_fast_as_one():
+    """Arrays have a price for each; with one array a text, this would take minutes."""
+    start = time.process_time()
+    assert chapter.count_words(["Once upon a time\n"] * 100_000)[b" upon"] == 100_000
+    assert time.process_time() - start < 5
 
 
 def test_counts_stay_right_while_pairs_are_merged():
@@ -277,6 +332,17 @@ def test_invalid_utf8_is_refused_or_replaced_and_said(tmp_path, capsys):
 
 # Cutting
 
+@given(NASTIEST | ANY_TEXT, NASTIEST, st.sampled_from([*PATTERNS.values()]))
+@settings(max_examples=600, deadline=None)
+def test_no_piece_crosses_a_cut(one, two, pattern):
+    assume(not chapter.RARE_SPACE.search(one + two))
+    raw = one.encode() + chapter.WALL_BYTE + two.encode()
+    chunks = [raw[start:end] for start, end in pairwise([0, *chapter.find_cuts(raw, pattern).tolist(), len(raw)])]
+    pieces = [[word for chunk in some for word in split_words(chunk.decode(), pattern)] for some in
+              (chunks[:chunks.index(chapter.WALL_BYTE)], chunks[chunks.index(chapter.WALL_BYTE) + 1:])]
+    assert pieces == [split_words(one, pattern), split_words(two, pattern)]
+
+
 @given(NASTIEST | ANY_TEXT, st.sampled_from([*PATTERNS.values()]))
 @settings(max_examples=600, deadline=None)
 def test_pieces_of_chunks_are_the_pieces_of_the_text(text, pattern):
@@ -384,6 +450,11 @@ def test_a_pattern_of_one_s_own():
 def test_half_a_surrogate_pair(small):
     with pytest.raises(ValueError, match=r"U\+DC00.*replace"):
         small.encode("a\udc00")
+    with pytest.raises(ValueError, match=r"^'\\udc00' holds U\+DC00.*replace"):
+        train_bpe(["once", "upon a x\udc00 time"], 257)
+    for wrong in (None, 5, b"bytes", ["list"]):
+        with pytest.raises(TypeError):
+            train_bpe(["text", wrong], 257)
 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None)
