@@ -53,11 +53,18 @@ DEEP_DIVES = {
     "pipeline": ("ch01_data/pipeline.ipynb", "a corpus in one command, on one core or many", 35),
     "how_much_data": ("ch01_data/how_much_data.ipynb", "how much text does a model need?", 35),
     "vocabulary": ("ch02_tokenizer/vocabulary.ipynb", "how large a vocabulary, and what it costs", 20),
+    "flash_attention": ("ch03_attention/flash_attention.ipynb", "attention that never holds the table of scores", 30),
+    "attention_variants": ("ch03_attention/attention_variants.ipynb", "what if the cache is too large?", 40),
+    "weights": ("ch04_gpt/weights.ipynb", "what is in a checkpoint?", 30),
+    "memory_and_compute": ("ch04_gpt/memory_and_compute.ipynb", "what a model costs before anyone builds it", 30),
+    "inside": ("ch04_gpt/inside.ipynb", "what happens inside, on your sentence", 40),
+    "fast_generation": ("ch04_gpt/fast_generation.ipynb", "how fast can it write?", 50),
+    "mixture_of_experts": ("ch04_gpt/mixture_of_experts.ipynb", "many experts, few at work", 40),
 }
 NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
 
 # what is measured, and the module that says how
-BENCHES = {"tokenizer": "tests.bench_tokenizer"}
+BENCHES = {"tokenizer": "tests.bench_tokenizer", "model": "tests.bench_model"}
 
 
 def main(argv):

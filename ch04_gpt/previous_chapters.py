@@ -8,9 +8,9 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from ch02_tokenizer.tokenizer import BPETokenizer  # noqa: E402
-from ch03_attention.attention import KVCache, MultiHeadAttention, RotaryEmbedding  # noqa: E402
+from ch03_attention.attention import KVCache, MultiHeadAttention, RopeScaling, RotaryEmbedding  # noqa: E402
 from utils.export import warn_if_stale  # noqa: E402
 
-__all__ = ["BPETokenizer", "KVCache", "MultiHeadAttention", "RotaryEmbedding"]
+__all__ = ["BPETokenizer", "KVCache", "MultiHeadAttention", "RopeScaling", "RotaryEmbedding"]
 
 warn_if_stale("ch02_tokenizer", "ch03_attention")

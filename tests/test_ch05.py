@@ -339,6 +339,17 @@ def test_foreign_and_damaged_checkpoints_are_refused_by_name(tokens, tmp_path):
         train(tiny(), tokens, tokens, config, folder=tmp_path)
 
 
+def test_a_checkpoint_from_before_the_configuration_had_more_entries_goes_on(tokens, tmp_path):
+    train(tiny(), tokens, tokens, dataclasses.replace(SHORT, steps=3), folder=tmp_path)
+    path = checkpoints(tmp_path)[-1] / "state.json"
+    record = json.loads(path.read_text())
+    for name in ("head_dim", "qk_norm", "rope_scaling", "window"):
+        del record["model_config"][name]
+    path.write_text(json.dumps(record))
+    history = train(tiny(), tokens, tokens, dataclasses.replace(SHORT, steps=3), folder=tmp_path)
+    assert history.steps == [1, 2, 3]
+
+
 def test_only_the_newest_checkpoints_stay_and_no_pickle(tokens, tmp_path):
     train(tiny(), tokens, tokens, SHORT, folder=tmp_path)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000009", "step-000012"]

@@ -26,6 +26,7 @@ from .progress import progress
 from .workspace import short_path, workspace, write_text
 
 COURSE = "this course"
+MACHINE = "this machine"  # a contender of this name is no peer: the bare arithmetic or memory traffic of the work
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Row:
 
     ``contenders`` names functions of ``module``: each is called with ``argument``, prepares (not timed) and
     returns the function that is timed. ``size`` is how much work that is, in ``unit``. ``aim`` is how many
-    times as fast as the fastest peer the course wants to be.
+    times as fast as the fastest peer the course wants to be. A contender whose name begins with ``MACHINE``
+    does nothing but what the work cannot do without: all others are given as a share of its rate.
     """
 
     work: str
@@ -153,27 +155,37 @@ def _record(row: Row, measured: Mapping[str, Measurement]) -> dict:
     contenders = {name: {"wall_seconds": m.wall, "cpu_seconds": m.cpu, "peak_memory_bytes": m.memory}
                   for name, m in measured.items()}
     return {"work": row.work, "size": row.size, "unit": row.unit, "aim": row.aim, "contenders": contenders,
-            "times_as_fast": _times_as_fast(measured)}
+            "times_as_fast": _times_as_fast(measured), "share_of_the_machine": _shares(measured)}
 
 
 def _times_as_fast(measured: Mapping[str, Measurement]) -> dict[str, float]:
     """How many times as fast as the fastest peer the course is, by the clock and in CPU time."""
-    peers = [m for name, m in measured.items() if not name.startswith(COURSE)]
+    peers = [m for name, m in measured.items() if not name.startswith((COURSE, MACHINE))]
     best: dict[str, Callable] = {"wall": lambda m: statistics.median(m.wall),
                                  "cpu": lambda m: statistics.median(m.cpu)}
     return {kind: min(map(median, peers)) / median(measured[COURSE]) for kind, median in best.items()} if peers else {}
 
 
+def _shares(measured: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
+    """For each ``MACHINE`` contender: its time as a share of everybody else's, by the clock."""
+    bare = {name: m for name, m in measured.items() if name.startswith(MACHINE)}
+    return {limit: {name: statistics.median(fastest.wall) / statistics.median(m.wall)
+                    for name, m in measured.items() if name not in bare} for limit, fastest in bare.items()}
+
+
 def _table(row: Row, measured: Mapping[str, Measurement]) -> str:
     lines = [f"{row.work} ({row.size:g} {row.unit})",
-             f"  {'':30} {'wall s':>22} {'cpu s':>22} {row.unit + '/s':>9} {'peak MB':>9}"]
+             f"  {'':36} {'wall s':>22} {'cpu s':>22} {row.unit + '/s':>9} {'peak MB':>9}"]
     for name, m in measured.items():
         wall, cpu = (f"{statistics.median(t):.3f} ({min(t):.3f} to {max(t):.3f})" for t in (m.wall, m.cpu))
         rate = row.size / statistics.median(m.wall)
-        lines.append(f"  {name:30} {wall:>22} {cpu:>22} {rate:9.2f} {m.memory / 1e6:9.0f}")
+        lines.append(f"  {name:36} {wall:>22} {cpu:>22} {rate:9.2f} {m.memory / 1e6:9.0f}")
     for kind, times in _times_as_fast(measured).items():
         aim = f" (aim {row.aim:g})" if row.aim else ""
         lines.append(f"  {kind + ' time:':10} {times:.2f} times as fast as the fastest peer{aim}")
+    for limit, shares in _shares(measured).items():
+        reached = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        lines.append(f"  share of {limit} reached: {reached}")
     return "\n".join(lines)
 
 

