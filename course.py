@@ -41,8 +41,8 @@ INSTALL_BYTES = 2.5e9  # a CPU-only PyTorch, JupyterLab and the rest, with room 
 CHAPTERS = {
     "ch01": ("ch01_data/data.ipynb", "raw text to documents", 55),
     "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 35),
-    "ch03": ("ch03_attention/attention.ipynb", "attention", 25),
-    "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 25),
+    "ch03": ("ch03_attention/attention.ipynb", "attention", 45),
+    "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 55),
     "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 230),
     "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 130),
 }
@@ -53,13 +53,13 @@ DEEP_DIVES = {
     "pipeline": ("ch01_data/pipeline.ipynb", "a corpus in one command, on one core or many", 35),
     "how_much_data": ("ch01_data/how_much_data.ipynb", "how much text does a model need?", 35),
     "vocabulary": ("ch02_tokenizer/vocabulary.ipynb", "how large a vocabulary, and what it costs", 20),
-    "flash_attention": ("ch03_attention/flash_attention.ipynb", "attention that never holds the table of scores", 30),
-    "attention_variants": ("ch03_attention/attention_variants.ipynb", "what if the cache is too large?", 40),
+    "flash_attention": ("ch03_attention/flash_attention.ipynb", "attention that never holds the table of scores", 20),
+    "attention_variants": ("ch03_attention/attention_variants.ipynb", "what if the cache is too large?", 20),
     "weights": ("ch04_gpt/weights.ipynb", "what is in a checkpoint?", 30),
     "memory_and_compute": ("ch04_gpt/memory_and_compute.ipynb", "what a model costs before anyone builds it", 30),
-    "inside": ("ch04_gpt/inside.ipynb", "what happens inside, on your sentence", 40),
-    "fast_generation": ("ch04_gpt/fast_generation.ipynb", "how fast can it write?", 50),
-    "mixture_of_experts": ("ch04_gpt/mixture_of_experts.ipynb", "many experts, few at work", 40),
+    "inside": ("ch04_gpt/inside.ipynb", "what happens inside, on your sentence", 25),
+    "fast_generation": ("ch04_gpt/fast_generation.ipynb", "how fast can it write?", 40),
+    "mixture_of_experts": ("ch04_gpt/mixture_of_experts.ipynb", "many experts, few at work", 25),
 }
 NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
 

@@ -5,6 +5,7 @@ edit the notebook, not this file.
 """
 
 __all__ = [
+    "RowLinear",
     "lay_out_for_decoding",
     "quantize_rows",
     "int8_product",
@@ -30,15 +31,42 @@ from torch.nn import functional as F
 from ch04_gpt.gpt import GPT, check_logits, check_prompt, check_sampling, evaluating, keep_likely
 
 
+class RowLinear(nn.Linear):
+    """A linear layer that multiplies a single row on a CPU in four pieces, so that the threads can share them.
+
+    (..., in) -> (..., out), equal to ``nn.Linear`` up to rounding; more rows, or one thread, take its way.
+    """
+
+    @classmethod
+    def sharing(cls, linear: nn.Linear) -> "RowLinear":
+        """The same layer with the same parameters; those of one that widens are stored column by column."""
+        if linear.out_features > linear.in_features:
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_in, n_out, weight = self.in_features, self.out_features, self.weight
+        if x.numel() != n_in or x.device.type != "cpu" or torch.get_num_threads() == 1:
+            return super().forward(x)
+        if weight.stride(0) == 1 and n_in % 4 == 0:  # by columns: each piece holds some of the inputs
+            y = torch.bmm(x.reshape(4, 1, -1), weight.t().view(4, -1, n_out)).sum(0)
+        elif weight.stride(1) == 1 and n_out % 4 == 0:  # by rows: each piece gives some of the outputs
+            y = torch.bmm(x.reshape(1, 1, -1).expand(4, 1, n_in), weight.view(4, -1, n_in).mT)
+        else:
+            return super().forward(x)
+        y = y.view(*x.shape[:-1], n_out)
+        return y if self.bias is None else y + self.bias
+
+
 @torch.no_grad()
 def lay_out_for_decoding(model: nn.Module) -> nn.Module:
-    """Store the matrices of widening linear layers column by column, in place; shapes and values stay.
-
-    On a CPU a single row times such a matrix then reads memory in long runs. Returns the model.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features > module.in_features:
-            module.weight.data = module.weight.data.t().contiguous().t()
+    """Make every linear layer inside a model a ``RowLinear``, in place; names and values stay. Returns the model."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(module, name, RowLinear.sharing(layer))
     return model
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ch04_gpt.fast_generation import (
     DraftModel,
     Int8Linear,
+    RowLinear,
     accept_draft,
     int8_product,
     lay_out_for_decoding,
@@ -74,6 +75,45 @@ def test_another_layout_is_the_same_model(config, tmp_path):
     other = GPT(config)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.eval()(ids), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out", "in_pieces"), [(8, 12, True), (12, 8, True), (8, 8, True), (6, 9, False),
+                                                          (9, 6, False), (1, 4, True), (4, 1, False)])
+def test_a_single_row_in_pieces_is_the_same_product(two_threads, monkeypatch, n_in, n_out, in_pieces, bias):
+    linear = torch.nn.Linear(n_in, n_out, bias=bias)
+    layer = RowLinear.sharing(linear)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    calls, product = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *both: calls.append(both) or product(*both))
+    for shape in [(n_in,), (1, n_in), (1, 1, n_in), (3, n_in), (2, 1, n_in)]:
+        x = torch.randn(shape, requires_grad=True)
+        ours, theirs = layer(x), linear(x)
+        torch.testing.assert_close(ours, theirs)
+        grad = torch.randn_like(ours)
+        for a, b in zip(torch.autograd.grad(ours, (x, layer.weight), grad),
+                        torch.autograd.grad(theirs, (x, layer.weight), grad), strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(calls) == 3 * in_pieces  # for the three single rows only
+    torch.set_num_threads(1)
+    layer(torch.randn(1, n_in))
+    assert len(calls) == 3 * in_pieces
+
+
+def test_a_model_laid_out_writes_the_same_on_two_threads(two_threads):
+    for config in (GPT2, LLAMA):
+        model, ids = lively(config), tokens(1, 20)
+        text = generate(model, ids, 20, temperature=0)
+        assert torch.equal(generate(lay_out_for_decoding(model), ids, 20, temperature=0), text)
+        assert sum(type(module) is RowLinear for module in model.modules()) > 4
 
 
 def test_another_layout_can_be_saved(tmp_path):
