@@ -24,29 +24,12 @@ from ch04_gpt.fast_generation import (
     speculative_steps,
 )
 from ch04_gpt.gpt import GPT, GPTConfig, generate, generate_tokens
+from tests.test_ch04_generation import lively, seed, tokens  # noqa: F401  seed is a fixture for every test
 
 LLAMA = GPTConfig(97, 128, 48, 2, 6, n_kv_heads=2, d_ff=80, norm="rmsnorm", mlp="swiglu", position="rope", bias=False)
 GPT2 = GPTConfig(97, 128, 48, 2, 4, tie_embeddings=False)
 WINDOW = dataclasses.replace(LLAMA, window=9)
 CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def lively(config: GPTConfig, std: float = 0.2) -> GPT:
-    """A model whose random weights are large enough that every token of the text matters."""
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (std if parameter.dim() == 2 else 0.5))
-    return model.eval()
-
-
-def tokens(*shape, vocab_size=97):
-    return torch.randint(vocab_size, shape)
 
 
 def same_distribution(counts, expected, n):
@@ -262,12 +245,12 @@ def test_lookup_equals_a_slow_search(ids, n, size):
 
 
 @pytest.mark.parametrize("certain", [True, False])
-@pytest.mark.parametrize("seed", range(3))
-def test_accepted_text_is_distributed_as_the_model_says(certain, seed):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("case", range(3))
+def test_accepted_text_is_distributed_as_the_model_says(certain, case):
+    torch.manual_seed(case)
     model_says = (1.5 * torch.randn(3, 6)).softmax(-1)
     draft_says = (1.5 * torch.randn(2, 6)).softmax(-1)
-    generator, n = torch.Generator().manual_seed(seed), 8_000
+    generator, n = torch.Generator().manual_seed(case), 8_000
     first, second = torch.zeros(6), torch.zeros(6)
     for _ in range(n):
         draft = torch.tensor([2, 4]) if certain else torch.multinomial(draft_says, 1, generator=generator)[:, 0]
