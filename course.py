@@ -43,8 +43,8 @@ CHAPTERS = {
     "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 35),
     "ch03": ("ch03_attention/attention.ipynb", "attention", 45),
     "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 55),
-    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 230),
-    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 130),
+    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 290),
+    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 170),
 }
 
 # further notebooks, one question each; run by name, or all of them with --all
@@ -60,6 +60,13 @@ DEEP_DIVES = {
     "inside": ("ch04_gpt/inside.ipynb", "what happens inside, on your sentence", 25),
     "fast_generation": ("ch04_gpt/fast_generation.ipynb", "how fast can it write?", 40),
     "mixture_of_experts": ("ch04_gpt/mixture_of_experts.ipynb", "many experts, few at work", 25),
+    "choosing_settings": ("ch05_pretrain/choosing_settings.ipynb", "which rate, which batch, and is it luck?", 60),
+    "precision": ("ch05_pretrain/precision.ipynb", "how few bits does training need?", 80),
+    "overfitting": ("ch05_pretrain/overfitting.ipynb", "when does it learn by heart?", 80),
+    "speed_run": ("ch05_pretrain/speed_run.ipynb", "the same loss in a tenth of the time", 30),
+    "storyteller": ("ch05_pretrain/storyteller.ipynb", "the best model of two cores and a few hours", 35),
+    "scaling_laws": ("ch05_pretrain/scaling_laws.ipynb", "how good will a larger one be?", 15),
+    "parallelism": ("ch05_pretrain/parallelism.ipynb", "one model on many machines", 30),
 }
 NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
 
@@ -267,7 +274,7 @@ def report(names):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     if "ch05" in names:
-        pretrained = read("pretrain", "storyteller", "results.json")
+        pretrained = read("pretrain", "first_storyteller", "results.json")
         print("\nHeld-out bits per byte (lower is better)")
         for name, value in pretrained.get("bits_per_byte", {}).items():
             print("  %-28s %.3f" % (name, value))

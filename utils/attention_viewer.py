@@ -15,7 +15,7 @@ import traitlets
 from matplotlib.figure import Figure
 
 from .plots import draw_heatmap, figure
-from .widgets import show_widget
+from .widgets import show_widget, themed
 
 MAX_CHARACTERS, MAX_TOKENS = 400, 48
 
@@ -280,9 +280,8 @@ class AttentionViewer(anywidget.AnyWidget):
     }
     export default { render };
     """
-    _css = """
-    .attention { font-family: system-ui, sans-serif; font-size: 14px; max-width: 60rem;
-                 color: var(--jp-content-font-color1, inherit); }
+    _css = themed("attention") + """
+    .attention { font-family: system-ui, sans-serif; font-size: 14px; max-width: 60rem; }
     .attention [hidden] { display: none; }
     .attention-bar { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 6px 0; align-items: flex-start; }
     .attention label { display: flex; gap: 6px; align-items: center; }

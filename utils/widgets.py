@@ -21,6 +21,21 @@ from .progress import in_notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+def themed(name: str) -> str:
+    """CSS for a widget of class ``name``: its colours where it is shown, in light and dark themes.
+
+    JupyterLab tells its text colour. In VS Code and Colab the widget library's own variables are those of a
+    light theme whatever the theme is, so text and background are both set there.
+    """
+    return f"""
+    .{name} {{ color: var(--jp-content-font-color1, inherit); }}
+    :is(.vscode-light, .vscode-dark, .vscode-high-contrast) .{name} {{
+      color: var(--vscode-editor-foreground); background: var(--vscode-editor-background);
+      --jp-layout-color1: var(--vscode-editor-background); }}
+    html[theme=dark] .{name} {{ color: #e8eaed; background: #202124; --jp-layout-color1: #202124; }}
+    """
+
+
 @dataclass(frozen=True)
 class Text:
     """A field to type into; ``rows`` above 1 makes it a box, ``limit`` bounds its characters."""
@@ -160,6 +175,7 @@ class Explorer(anywidget.AnyWidget):
       form.append(...model.get("controls").map((spec) => control(spec, model, changed)));
       const result = document.createElement("div");
       result.setAttribute("aria-live", "polite");
+      result.className = "explore-result";
       const write = () => { result.innerHTML = model.get("html"); };
       model.on("change:html", write);
       write();
@@ -168,9 +184,8 @@ class Explorer(anywidget.AnyWidget):
     }
     export default { render };
     """
-    _css = """
-    .explore { font-family: system-ui, sans-serif; font-size: 14px; max-width: 60rem;
-               color: var(--jp-content-font-color1, inherit); }
+    _css = themed("explore") + """
+    .explore { font-family: system-ui, sans-serif; font-size: 14px; max-width: 60rem; }
     .explore-controls { display: flex; flex-wrap: wrap; gap: 8px 20px; margin-bottom: 10px; }
     .explore label { display: flex; flex-wrap: wrap; gap: 2px 8px; align-items: center; }
     .explore label.explore-text { flex: 1 1 100%; flex-direction: column; align-items: stretch; }
@@ -178,7 +193,8 @@ class Explorer(anywidget.AnyWidget):
       font: inherit; padding: 4px 6px; color: inherit; border: 1px solid #767676; border-radius: 3px;
       background: var(--jp-layout-color1, transparent); box-sizing: border-box; }
     .explore option { color: CanvasText; background: Canvas; }
-    .explore input[type=range] { width: 220px; max-width: 100%; }
+    .explore input[type=range] { flex: 1 1 130px; width: 220px; max-width: 220px; }
+    .explore-result { overflow-x: auto; }
     .explore output { min-width: 6em; font-variant-numeric: tabular-nums; }
     """
 
