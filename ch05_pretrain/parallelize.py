@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -44,10 +46,10 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
+from ch02_tokenizer.tokenizer import file_sha256
+from ch04_gpt.gpt import GPT, GPTConfig
 from ch05_pretrain.pretrain import (
     CHECKPOINT_FORMAT,
     Evaluation,
@@ -67,8 +69,7 @@ from ch05_pretrain.pretrain import (
     remove_old_checkpoints,
     set_random_states,
 )
-from ch02_tokenizer.tokenizer import file_sha256
-from ch04_gpt.gpt import GPT, GPTConfig
+from utils.device import wanted_device
 from utils.workspace import explain_disk_error, short_path
 
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # speaks of speed only
@@ -281,7 +282,7 @@ class ManyProcesses(OneProcess):
         processes = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
         self.layout = Layout.of(processes, dp, fsdp, tp, pp)  # before anybody waits for anybody
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        cuda = torch.device(device or wanted_device()).type == "cuda"
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)

@@ -8,13 +8,18 @@ import os
 import torch
 
 
+def wanted_device() -> str:
+    """The name in ``COURSE_DEVICE``, else "cuda" where there is one, else "cpu"."""
+    return os.environ.get("COURSE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pick_device() -> torch.device:
     """CUDA where there is one, else the CPU; ``COURSE_DEVICE`` (cpu, cuda, cuda:1, mps) overrides.
 
     Prints what it chose. Apple's MPS is taken only when asked for, because its results have been
     silently wrong in several PyTorch releases: see ``compare_with_cpu``.
     """
-    wanted = os.environ.get("COURSE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = wanted_device()
     try:
         device = torch.device(wanted)
         torch.zeros(1, device=device)
