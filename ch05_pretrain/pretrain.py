@@ -319,7 +319,7 @@ class Muon(AdamW):
     """Orthogonalised running mean of the gradient for the groups marked ``orthogonal``, AdamW for the others.
 
     Jordan et al. 2024. ``lr`` of an orthogonal group is the size of the step along every direction; tall
-    matrices get more of it.
+    matrices get more of it. Its ``newton_schulz`` is the number of iterations, 5 if not given.
     """
 
     def update(self, p: Tensor, group: dict) -> None:
@@ -331,7 +331,8 @@ class Muon(AdamW):
         if not state:
             state["mean"] = torch.zeros_like(p)
         state["mean"].lerp_(p.grad, 0.05)
-        direction = orthogonalize(p.grad.lerp(state["mean"], 0.95))  # looks one step ahead (Nesterov)
+        ahead = p.grad.lerp(state["mean"], 0.95)  # looks one step ahead (Nesterov)
+        direction = orthogonalize(ahead, group.get("newton_schulz", 5))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(direction, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
 

@@ -13,7 +13,6 @@ __all__ = [
     "SquaredReLU",
     "RecentCharacters",
     "build_from_recipe",
-    "ShorterMuon",
     "optimizer_of",
     "TimedRun",
     "held_out_loss",
@@ -49,7 +48,6 @@ from ch04_gpt.gpt import GPT, GPTConfig
 from ch05_pretrain.pretrain import (
     Muon,
     cosine_schedule,
-    orthogonalize,
     parameter_groups,
     wsd_schedule,
 )
@@ -178,33 +176,13 @@ def build_from_recipe(recipe: Recipe, vocab_size: int) -> GPT:
     return model
 
 
-class ShorterMuon(Muon):
-    """Chapter 5's ``Muon`` with ``newton_schulz`` iterations in place of five."""
-
-    def __init__(self, params, newton_schulz: int = 5, **options):
-        super().__init__(params, **options)
-        self.newton_schulz = newton_schulz
-
-    def update(self, p: Tensor, group: dict) -> None:
-        """One step of one parameter, in place."""
-        if not group.get("orthogonal"):
-            super().update(p, group)
-            return
-        state = self.state[p]
-        if not state:
-            state["mean"] = torch.zeros_like(p)
-        state["mean"].lerp_(p.grad, 0.05)
-        direction = orthogonalize(p.grad.lerp(state["mean"], 0.95), self.newton_schulz)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(direction, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
-
-
 def optimizer_of(recipe: Recipe, model: GPT) -> torch.optim.Optimizer:
     """The recipe's optimizer over three groups: matrices of the blocks, tables, and vectors, which do not decay."""
     groups = parameter_groups(model, weight_decay=0.1)
     if recipe.optimizer == "muon":
         groups[0]["lr_scale"] = recipe.matrix_lr / recipe.max_lr
-        return ShorterMuon(groups, recipe.newton_schulz, lr=recipe.max_lr, betas=(0.9, 0.95))
+        groups[0]["newton_schulz"] = recipe.newton_schulz
+        return Muon(groups, lr=recipe.max_lr, betas=(0.9, 0.95))
     return torch.optim.AdamW(groups, lr=recipe.max_lr, betas=(0.9, 0.99))
 
 

@@ -20,7 +20,6 @@ from ch05_pretrain.speed_run import (
     CharacterText,
     RecentCharacters,
     Recipe,
-    ShorterMuon,
     SquaredReLU,
     TimedRun,
     build_from_recipe,
@@ -157,13 +156,14 @@ def test_blocks_that_begin_at_zero_pass_the_stream_on():
         assert not torch.allclose(plain.blocks[0](stream), stream, atol=1e-3)
 
 
-def test_shorter_muon_with_five_iterations_is_muon():
-    def moved(kind, **options):
+def test_muon_takes_the_number_of_iterations_from_its_group():
+    def moved(**options):
         torch.manual_seed(0)
         model = build_from_recipe(TINY, 11)
         groups = optimizer_of(TINY, model).param_groups
         groups = [{k: g[k] for k in ("params", "weight_decay", "orthogonal", "lr_scale")} for g in groups]
-        optimizer = kind(groups, lr=0.02, **options)
+        groups[0].update(options)
+        optimizer = Muon(groups, lr=0.02)
         for seed in range(3):
             torch.manual_seed(seed)
             for p in model.parameters():
@@ -171,14 +171,14 @@ def test_shorter_muon_with_five_iterations_is_muon():
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    assert torch.equal(moved(Muon), moved(ShorterMuon, newton_schulz=5))
-    assert not torch.equal(moved(Muon), moved(ShorterMuon, newton_schulz=3))
+    assert torch.equal(moved(), moved(newton_schulz=5))
+    assert not torch.equal(moved(), moved(newton_schulz=3))
 
 
 def test_only_matrices_of_the_blocks_are_orthogonalised():
     model = build_from_recipe(FAST, 83)
     optimizer = optimizer_of(FAST, model)
-    assert isinstance(optimizer, ShorterMuon) and optimizer.newton_schulz == FAST.newton_schulz
+    assert isinstance(optimizer, Muon) and optimizer.param_groups[0]["newton_schulz"] == FAST.newton_schulz
     marked = {id(p) for g in optimizer.param_groups if g["orthogonal"] for p in g["params"]}
     assert marked == {id(p) for p in model.blocks.parameters() if p.dim() == 2}
     (rate,) = {g["lr_scale"] for g in optimizer.param_groups if g["orthogonal"]}
