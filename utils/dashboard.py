@@ -50,7 +50,7 @@ class Dashboard:
         self.series: dict[str, tuple[array, array]] = {}
         self.samples: dict[int, str] = {}
         self.step = 0
-        self._clock = _Clock()
+        self._clock = _Pace()
         self._board = TensorBoard(tensorboard) if tensorboard else None
         self._widget = self._handle = self._bar = self._error = None
         self._running = False
@@ -226,7 +226,7 @@ class Dashboard:
         bar.refresh()
 
 
-class _Clock:
+class _Pace:
     """How long a run took and how long it will take, from its own steps, not from a past told again."""
 
     def __init__(self):
@@ -271,7 +271,7 @@ class TensorBoard:
                 f"The log in {str(folder)!r} needs the package tensorboard ({error}). Install it with "
                 "`pip install tensorboard`, or do without the log.") from None
         self._make, self._folder, self._writer = SummaryWriter, Path(folder), None
-        self._clock, self._step, self._past = _Clock(), 0, 0
+        self._clock, self._step, self._past = _Pace(), 0, 0
         self._waiting, self._since = [], 0.0
 
     def log(self, name: str, step: int, value: float | str) -> None:
