@@ -301,3 +301,21 @@ def test_runner_names_the_cell_that_failed(tmp_path, monkeypatch):
     for words in ("code cell 2 of 3", "ValueError: seven is not even", "course.py lab", "ch09_test/test.ipynb"):
         assert words in str(error.value)
     assert not code_cells(path)[0].outputs, "a failed run does not replace the notebook"
+
+
+def test_what_the_kernels_process_prints_stays_out_of_the_terminal(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "workspace"))
+    late = "import atexit, os\natexit.register(lambda: (os.write(1, b'noise\\n'), os.write(2, b'noise\\n')))"
+    run_notebooks([Job(notebook(tmp_path, late), "a test", 5)])
+    shown = capfd.readouterr()
+    assert "GB" in shown.err and "noise" not in shown.out + shown.err
+
+
+def test_runner_tells_the_last_words_of_a_kernel_that_died(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "workspace"))
+    path = notebook(tmp_path, "import ctypes\nctypes.string_at(0)")
+    with pytest.raises(NotebookError, match="The kernel died") as error:
+        run_notebooks([Job(path, "a test", 5)])
+    assert "code cell 1 of 1" in str(error.value)
+    if sys.platform != "win32":  # there it dies without a word
+        assert "Fatal Python error" in str(error.value).split("Before that it said:")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -70,13 +71,16 @@ def execute(path: Path, on_cell=lambda done, total: None, timeout: int = 1800):
     )
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     memory = _PeakMemory(client)
-    try:
-        with memory:
-            client.execute()
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        copy = workspace("notebooks") / path.name
-        write_notebook(notebook, copy)
-        raise NotebookError(_describe(notebook, path, copy, error, done)) from None
+    with tempfile.TemporaryFile() as said:  # what the kernel's process itself prints, at its end for instance
+        try:
+            with memory:
+                client.execute(stdout=said, stderr=said)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            copy = workspace("notebooks") / path.name
+            write_notebook(notebook, copy)
+            said.seek(0)
+            last_words = said.read().decode("utf-8", "replace").strip()
+            raise NotebookError(_describe(notebook, path, copy, error, done, last_words)) from None
     return notebook, memory.peak
 
 
@@ -130,7 +134,7 @@ def _overwritten(line: str) -> str:
     return text + end if text else ""
 
 
-def _describe(notebook, path: Path, copy: Path, error: Exception, done: int) -> str:
+def _describe(notebook, path: Path, copy: Path, error: Exception, done: int, last_words: str) -> str:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     cell = code[max(done - 1, 0)]
     source = "\n".join("    " + line for line in cell.source.splitlines()[:6])
@@ -138,6 +142,8 @@ def _describe(notebook, path: Path, copy: Path, error: Exception, done: int) -> 
         reason = "The cell took too long and was stopped."
     elif isinstance(error, DeadKernelError):
         reason = "The kernel died: most often the machine ran out of memory. Close other programs and try again."
+        if last_words:
+            reason += "\nBefore that it said:\n" + "\n".join(last_words.splitlines()[:12])
     else:
         reason = f"{error.ename}: {ANSI.sub('', error.evalue)}"
     return (f"{path.parent.name}/{path.name} stopped in code cell {done} of {len(code)}:\n\n{source}\n\n{reason}\n\n"
