@@ -70,6 +70,7 @@ def execute(path: Path, on_cell=lambda done, total: None, timeout: int = 1800):
         extra_arguments=["--IPKernelApp.log_level=40"],  # no advice about transports in a reader's terminal
     )
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # so that a kernel that crashes says where
     memory = _PeakMemory(client)
     with tempfile.TemporaryFile() as said:  # what the kernel's process itself prints, at its end for instance
         try:
