@@ -6,6 +6,7 @@
     python3 course.py bench [NAME]     this course against the usual libraries, side by side
     python3 course.py lab              JupyterLab on this machine
     python3 course.py chat             talk to SmolLM2 on the course's own code
+    python3 course.py serve            the same model for your programs, at an OpenAI-compatible address
     python3 course.py export [--check] write each chapter's module from its notebook
 
 It uses the virtual environment that is active, or makes one in .venv, and installs what
@@ -43,8 +44,8 @@ CHAPTERS = {
     "ch02": ("ch02_tokenizer/tokenizer.ipynb", "documents to tokens", 35),
     "ch03": ("ch03_attention/attention.ipynb", "attention", 45),
     "ch04": ("ch04_gpt/gpt.ipynb", "attention to a GPT, and real weights", 55),
-    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 290),
-    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 170),
+    "ch05": ("ch05_pretrain/pretrain.ipynb", "tokens to a pretrained model", 235),
+    "ch06": ("ch06_finetune/finetune.ipynb", "a pretrained model to one that answers", 190),
 }
 
 # further notebooks, one question each; run by name, or all of them with --all
@@ -61,14 +62,19 @@ DEEP_DIVES = {
     "fast_generation": ("ch04_gpt/fast_generation.ipynb", "how fast can it write?", 40),
     "mixture_of_experts": ("ch04_gpt/mixture_of_experts.ipynb", "many experts, few at work", 25),
     "choosing_settings": ("ch05_pretrain/choosing_settings.ipynb", "which rate, which batch, and is it luck?", 60),
-    "precision": ("ch05_pretrain/precision.ipynb", "how few bits does training need?", 80),
-    "overfitting": ("ch05_pretrain/overfitting.ipynb", "when does it learn by heart?", 80),
+    "precision": ("ch05_pretrain/precision.ipynb", "how few bits does training need?", 40),
+    "overfitting": ("ch05_pretrain/overfitting.ipynb", "when does it learn by heart?", 45),
     "speed_run": ("ch05_pretrain/speed_run.ipynb", "the same loss in a tenth of the time", 30),
     "storyteller": ("ch05_pretrain/storyteller.ipynb", "the best model of two cores and a few hours", 35),
     "scaling_laws": ("ch05_pretrain/scaling_laws.ipynb", "how good will a larger one be?", 15),
     "parallelism": ("ch05_pretrain/parallelism.ipynb", "one model on many machines", 30),
+    "preferences": ("ch06_finetune/preferences.ipynb", "rather this than that", 50),
+    "rewards": ("ch06_finetune/rewards.ipynb", "told only how well it did", 50),
+    "serving": ("ch06_finetune/serving.ipynb", "how does one model answer everybody at once?", 30),
 }
 NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
+
+MODELS = "smollm2, storyteller (once chapter 6 has run), or the folder of another"
 
 # what is measured, and the module that says how
 BENCHES = {"tokenizer": "tests.bench_tokenizer", "model": "tests.bench_model"}
@@ -82,7 +88,8 @@ def main(argv):
     python = ready_environment(requirements)
     if not same_environment(python):
         return hand_over(python, argv)
-    return {"run": run, "test": test, "lab": lab, "chat": chat, "bench": bench}[arguments.command](arguments)
+    commands = {"run": run, "test": test, "lab": lab, "chat": chat, "serve": serve, "bench": bench}
+    return commands[arguments.command](arguments)
 
 
 def parse(argv):
@@ -102,11 +109,19 @@ def parse(argv):
     command = commands.add_parser("lab", help="JupyterLab on this machine; saving a notebook rewrites its module")
     command.add_argument("--port", type=int, default=8888)
     command.add_argument("--no-browser", action="store_true")
-    command = commands.add_parser("chat", help="talk to SmolLM2-135M on the course's own code")
+    command = commands.add_parser("chat", help="talk to SmolLM2-135M, or another model, on the course's own code")
+    command.add_argument("--model", default="smollm2", help=MODELS)
     command.add_argument("--system", default=None, help="a system prompt")
     command.add_argument("--temperature", type=float, default=0.2)
     command.add_argument("--top-p", type=float, default=0.9)
     command.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
+    command = commands.add_parser("serve", help="an OpenAI-compatible address for the programs on this machine")
+    command.add_argument("--model", default="smollm2", help=MODELS)
+    command.add_argument("--port", type=int, default=8000, help="8000 if not given; 0 takes any that is free")
+    command.add_argument("--key", default=None,
+                         help="answer only those who send it; COURSE_API_KEY keeps it out of the list of processes")
+    command.add_argument("--at-once", type=int, default=16, help="answers that share a step of the model (16)")
+    command.add_argument("--clients", type=int, default=64, help="requests under way, waiting ones too (64)")
     command = commands.add_parser("export", help="write each chapter's module from its notebook")
     command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
     command = commands.add_parser("bench", help="measure this course against the usual libraries, interleaved")
@@ -333,11 +348,32 @@ def lab(arguments):
 
 
 def chat(arguments):
-    from ch06_finetune.finetune import Assistant
+    from ch06_finetune.finetune import Assistant, open_chat_model
     from utils.terminal_chat import talk
+    from utils.workspace import workspace
 
-    assistant = Assistant.smollm2(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
-    return talk(assistant, system=arguments.system)
+    assistant = Assistant(*open_chat_model(arguments.model), temperature=arguments.temperature, top_p=arguments.top_p,
+                          seed=arguments.seed)
+    return talk(assistant, system=arguments.system, history=workspace("chat") / "typed.txt")
+
+
+def serve(arguments):
+    from utils.server import ChatServer, reserve_port
+
+    key = os.environ.get("COURSE_API_KEY") if arguments.key is None else arguments.key
+    if key is not None and not key.strip():
+        fail("The key is empty: give --key one or more letters, or leave it out (and COURSE_API_KEY unset).")
+    sockets = reserve_port(arguments.port)  # before a model is loaded for nothing
+    from ch06_finetune.finetune import open_chat_model
+    from ch06_finetune.serving import Engine
+
+    engine = Engine(*open_chat_model(arguments.model), max_rows=arguments.at_once)
+    server = ChatServer(engine, sockets, key=key, max_clients=arguments.clients,
+                        log=lambda line: print(line, flush=True))
+    print("%s answers programs on this machine%s, at %s\nCtrl-C ends it."
+          % (engine.name, " that send the key" if key else "", server.address), flush=True)
+    server.run()
+    return 0
 
 
 def bench(arguments):

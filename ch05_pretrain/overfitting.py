@@ -10,13 +10,18 @@ __all__ = [
     "small_gpt",
     "FEW",
     "SMALL_RUN",
+    "LONG",
     "RECIPES",
     "other_text",
     "recipe_texts",
     "run_recipe",
     "record_recipes",
+    "record_dropout",
     "TURN_SIZES",
     "record_turns",
+    "BOOK_RUN",
+    "BOOK_MODELS",
+    "record_book",
     "suffix_array",
     "later",
     "SpanIndex",
@@ -27,7 +32,7 @@ __all__ = [
     "sentences_of",
     "make_cloze",
     "ending_log_probabilities",
-    "share_interval",
+    "wilson_interval",
     "score_cloze",
     "distinct_n",
 ]
@@ -50,7 +55,7 @@ from ch05_pretrain.previous_chapters import PRESETS, GPT, BPETokenizer, flops_pe
 from ch02_tokenizer.tokenizer import TokenData
 from ch05_pretrain.pretrain import TrainConfig, evaluate, train
 from ch05_pretrain.storyteller import load_novels
-from utils.workspace import write_text
+from utils.workspace import workspace, write_text
 
 
 @dataclass
@@ -66,17 +71,20 @@ class EpochCurve:
         return int(np.argmin(self.val_loss))
 
 
-def train_and_watch(model: GPT, train_tokens: Sequence, val_tokens, config: TrainConfig
-                    ) -> tuple[EpochCurve, dict[str, Tensor]]:
+def train_and_watch(model: GPT, train_tokens: Sequence, val_tokens, config: TrainConfig, *,
+                    on_look: Callable[[EpochCurve], None] = lambda curve: None, begun: EpochCurve | None = None,
+                    folder: Path | None = None) -> tuple[EpochCurve, dict[str, Tensor]]:
     """Train and evaluate on both texts every ``eval_every`` steps: (curve, the weights at the turn).
 
     ``train_tokens``: a list of 1-D rows of ids; the first is the one whose loss is shown as training loss.
+    ``on_look(curve)`` is called after each look. A run with checkpoints in ``folder`` goes on with the curve ``begun``.
     """
-    curve, best = EpochCurve(), {}
+    curve, best = begun or EpochCurve(), {}
     steps_an_epoch = sum(len(row) for row in train_tokens) / (config.batch_size * config.context_length)
+    looked = round(curve.epochs[-1] * steps_an_epoch) if curve.epochs else 0  # up to this step
 
     def on_log(name: str, step: int, value) -> None:
-        if name != "held out":
+        if name != "held out" or step <= looked:
             return
         shown = evaluate(model, train_tokens[0], max_tokens=config.eval_tokens, context_length=config.context_length)
         curve.epochs.append(step / steps_an_epoch)
@@ -84,8 +92,9 @@ def train_and_watch(model: GPT, train_tokens: Sequence, val_tokens, config: Trai
         curve.val_loss.append(value)
         if curve.turn() == len(curve.val_loss) - 1:
             best.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        on_look(curve)
 
-    train(model, list(train_tokens), val_tokens, config, on_log=on_log)
+    train(model, list(train_tokens), val_tokens, config, on_log=on_log, folder=folder)
     return curve, best
 
 
@@ -100,6 +109,7 @@ def small_gpt(d_model: int = 64, n_layers: int = 2, dropout: float = 0.0, contex
 
 FEW = 8192  # tokens: about 28,000 characters, half a dozen tales
 SMALL_RUN = TrainConfig(steps=256, batch_size=4, context_length=64, warmup_steps=20, eval_every=32)
+LONG = {"steps": 1024, "eval_every": 64, "eval_tokens": 4096}  # thirty-two readings, a look after every second
 
 
 RECIPES: dict[str, dict] = {  # what differs from the plain run: in the model, in the run, in the text
@@ -154,6 +164,13 @@ def record_recipes(path: Path, seeds: int = 3) -> None:
     write_text(path, json.dumps({"train": SMALL_RUN.to_dict(), "recipes": RECIPES, "curves": curves}, indent=1))
 
 
+def record_dropout(path: Path) -> None:
+    """Thirty-two readings of the few tales with dropout 0.2; write the curve as JSON. Less than a minute."""
+    recipe = {"model": {"dropout": 0.2}, "run": LONG}
+    _, curve, _ = run_recipe(recipe, prepare_tokens("andersen"))
+    write_text(path, json.dumps({"recipe": recipe, "curve": dataclasses.asdict(curve)}, indent=1))
+
+
 TURN_SIZES = (4096, 8192, 16_384, 32_768)  # tokens of text
 
 
@@ -166,6 +183,34 @@ def record_turns(path: Path, epochs: int = 16) -> None:
         curve, _ = train_and_watch(small_gpt(), [data.train[:size]], data.val, config)
         curves[size] = dataclasses.asdict(curve)
         write_text(path, json.dumps({"train": SMALL_RUN.to_dict(), "epochs": epochs, "curves": curves}, indent=1))
+
+
+BOOK_RUN = dataclasses.replace(  # ten readings; a constant rate, so that a shorter run is the beginning of a longer
+    SMALL_RUN, steps=2710, batch_size=32, weight_decay=0.0, schedule="wsd", decay_steps=1, precision="bfloat16",
+    warmup_steps=50, eval_every=135, eval_tokens=16_384)
+BOOK_MODELS: dict[str, dict] = {"plain": {"d_model": 256}, "dropout 0.2": {"d_model": 256, "dropout": 0.2}}
+
+
+def record_book(path: Path, name: str) -> None:
+    """Train a ``BOOK_MODELS`` entry on all the tales; after each look write its curve to the JSON file.
+
+    The curves of other models in the file stay. A run that was stopped goes on from its last checkpoint,
+    which lies in ``pretrain`` of the workspace.
+    """
+    data, model = prepare_tokens("andersen"), small_gpt(**BOOK_MODELS[name], context_length=BOOK_RUN.context_length)
+
+    def written() -> dict:
+        return json.loads(path.read_text(encoding="utf-8"))["curves"] if path.exists() else {}
+
+    def write(curve: EpochCurve) -> None:
+        write_text(path, json.dumps({
+            "command": f"record_book(Path('ch05_pretrain/records/{path.name}'), name) for each name",
+            "train": BOOK_RUN.to_dict(), "models": BOOK_MODELS, "tokens": len(data.train),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "curves": written() | {name: dataclasses.asdict(curve)}}, indent=1))
+
+    train_and_watch(model, [data.train], data.val, BOOK_RUN, on_look=write, begun=EpochCurve(**written().get(name, {})),
+                    folder=workspace("pretrain", f"overfitting {name}"))
 
 
 def suffix_array(text: str) -> np.ndarray:
@@ -205,10 +250,13 @@ class SpanIndex:
 
     def __init__(self, corpus: str, longest_asked: int = 1000):
         self.corpus, self.limit, self.order = corpus, longest_asked, suffix_array(corpus).tolist()
+        self.known: dict[str, list[int]] = {}  # the lengths of texts that were asked before
 
     def lengths(self, text: str) -> np.ndarray:
         """How many characters from each place on are found in the corpus in one piece: int64 (characters,)."""
-        return np.array([self.length_at(text, start) for start in range(len(text))], dtype=np.int64)
+        if text not in self.known:
+            self.known[text] = [self.length_at(text, start) for start in range(len(text))]
+        return np.array(self.known[text], dtype=np.int64)
 
     def length_at(self, text: str, start: int) -> int:
         """How many characters of ``text[start:]`` are found in one piece: bisection among the sorted suffixes."""
@@ -234,8 +282,8 @@ class SpanIndex:
         for start, length in enumerate(self.lengths(text).tolist()):
             if length >= at_least and (not found or start >= found[-1][1]):
                 found.append((start, start + length))
-            elif length >= at_least:
-                found[-1] = (found[-1][0], max(found[-1][1], start + length))
+            elif length >= at_least:  # it ends no earlier: what lacks its first character occurs as well
+                found[-1] = (found[-1][0], start + length)
         return found
 
     def share(self, text: str, at_least: int) -> float:
@@ -332,17 +380,17 @@ def ending_log_probabilities(model: GPT, tokenizer: BPETokenizer, context: str, 
     return (scores * real.to(scores.device)).sum(-1)
 
 
-def share_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Between which true shares ``right`` of ``asked`` is no surprise (95 % for the usual z). Wilson 1927.
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The probabilities that ``successes`` out of ``n`` do not contradict; 95% by default. Wilson 1927.
 
-    ``ValueError`` unless 0 <= right <= asked and asked is at least 1.
+    ``ValueError`` unless 0 <= successes <= n and n is at least 1.
     """
-    if not (0 <= right <= asked and asked):
-        raise ValueError(f"{right} right of {asked} asked; right must be from 0 to asked, and asked at least 1.")
-    share, spread = right / asked, z * z / asked
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / asked + spread / asked / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes out of {n}; give 0 to n successes, and n of at least 1.")
+    share, spread = successes / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def score_cloze(questions: Sequence[Cloze], judge: Callable[[str, Sequence[str]], Sequence[float]]) -> list[bool]:

@@ -87,7 +87,7 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,8 +115,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
                          f"not {tuple(targets.shape)}: one right token for each position.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is {reduction!r}; it must be "mean" or "sum".')
-    right = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
-    surprise = torch.logsumexp(logits, dim=-1) - right
+    log_probabilities = torch.log_softmax(logits, dim=-1)  # the logits less their log-sum-exp
+    surprise = -log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
     return surprise.mean() if reduction == "mean" else surprise.sum()
 
 
@@ -151,11 +151,12 @@ class NGramModel:
         self.order, self.vocab_size = order, vocab_size
         self.counts = self.count([int(t) for t in tokens])
         self.discounts = [estimate_discount(grams) if discount is None else discount for grams in self.counts]
-        self.followed, self.different = Counter(), Counter()
+        self.followed, self.different = defaultdict(int), defaultdict(int)
         for grams in self.counts:
             for gram, count in grams.items():
-                self.followed[gram[:-1]] += count
-                self.different[gram[:-1]] += 1
+                context = gram[:-1]
+                self.followed[context] += count
+                self.different[context] += 1
 
     def count(self, tokens: list[int]) -> list[Counter]:
         """How often each run of 1, 2, ... ``order`` tokens occurs."""
@@ -164,10 +165,10 @@ class NGramModel:
     def probability(self, token: int, context: tuple[int, ...]) -> float:
         """The probability of ``token`` after ``context`` (at most order - 1 tokens)."""
         below = self.probability(token, context[1:]) if context else 1.0 / self.vocab_size
-        total, discount = self.followed[context], self.discounts[len(context)]
+        total, discount = self.followed.get(context, 0), self.discounts[len(context)]
         if not total:
             return below
-        seen = max(self.counts[len(context)][(*context, token)] - discount, 0.0)
+        seen = max(self.counts[len(context)].get((*context, token), 0) - discount, 0.0)
         return (seen + discount * self.different[context] * below) / total
 
     def loss(self, tokens: Sequence[int]) -> float:
@@ -1199,8 +1200,8 @@ def train(model: GPT, train_tokens, val_tokens, config: TrainConfig, *, folder: 
     return run.history
 
 
-STORYTELLER_RUN = TrainConfig(steps=1500, batch_size=4, context_length=256, eval_every=50, save_every=50,
-                              sample_every=300)
+STORYTELLER_RUN = TrainConfig(steps=1400, batch_size=4, context_length=256, eval_every=140, save_every=140,
+                              eval_tokens=30_000, sample_every=350)  # more tokens than are held out: all of them
 
 
 def continue_text(model: GPT, tokenizer: BPETokenizer, prompt: str, length: int = 40, *, seed: int = 0,
@@ -1242,7 +1243,8 @@ FINISHED = ("config.json", "model.safetensors", "tokenizer.json", "history.json"
 def load_storyteller(device: torch.device | str = "cpu") -> tuple[GPT, BPETokenizer]:
     """The best storyteller there is: your finished ``workspace/pretrain/storyteller``, else the course's record.
 
-    Says which. In float32, ready to use. ``FileNotFoundError`` if both are missing.
+    Says which. In float32, ready to use, and without dropout: pretraining needed it against repeated text, later
+    chapters train briefly. ``FileNotFoundError`` if both are missing.
     """
     own, record = workspace("pretrain", "storyteller"), ROOT / "ch05_pretrain" / "storyteller"
     whole = [folder for folder in (own, record) if all((folder / name).exists() for name in FINISHED)]
@@ -1250,7 +1252,10 @@ def load_storyteller(device: torch.device | str = "cpu") -> tuple[GPT, BPETokeni
         raise FileNotFoundError(
             f"There is no storyteller in {short_path(own)} or {short_path(record)}. Get the course's folder again, or "
             "train one: python -m ch05_pretrain.train --preset storyteller")
-    model = GPT.from_pretrained(whole[0]).float().to(device).eval()
+    loaded = GPT.from_pretrained(whole[0]).float()
+    model = GPT(dataclasses.replace(loaded.config, dropout=0.0))
+    model.load_state_dict(loaded.state_dict())
+    model.to(device).eval()
     tokenizer = BPETokenizer.load(whole[0] / "tokenizer.json")
     whose = "your own storyteller" if whole[0] == own else "the course's storyteller, the record run of chapter 5"
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -16,6 +16,7 @@ __all__ = [
     "trial",
     "TENTH",
     "SMALL",
+    "TWENTIETH",
     "PLAIN",
     "EXPERIMENTS",
     "RECORD",
@@ -145,6 +146,7 @@ def trial(texts: Mapping[str, list[Document]], evaluations: int = 4, **changes) 
 TENTH = {"share": 0.1, "vocab_size": 2048, "steps": 540}  # of all texts; tales alone: about ten passes
 SMALL = {"share": 0.01, "vocab_size": 1024, "d_model": 64, "n_layers": 3, "context_length": 128, "batch_size": 8,
          "steps": 100}  # a hundredth of all texts: some ten seconds
+TWENTIETH = SMALL | {"share": 0.05, "d_model": 96, "steps": 900}  # a twentieth; tales are read some fifteen times
 PLAIN = "plain: 128 wide, 4,096 tokens"
 EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict]] = {  # name: (the questions it answers, changes of TRIAL)
     "tales alone": (("text",), TENTH | {"mix": {"andersen": 1}}),
@@ -162,6 +164,10 @@ EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict]] = {  # name: (the questions
     "small, tales 1, novels 1": (("mixture",), SMALL | {"mix": {"andersen": 1, "novels": 1}}),
     "small, tales 2, novels 1, Shakespeare 1": (
         ("mixture",), SMALL | {"mix": {"andersen": 2, "novels": 1, "shakespeare": 1}}),
+    **{f"{name}, seed {seed}": (("dropout",), TWENTIETH | {"dropout": dropout, "seed": seed})
+       for name, dropout, seed in (
+        ("nothing dropped", 0.0, 0), ("nothing dropped", 0.0, 1), ("0.1 dropped", 0.1, 0), ("0.1 dropped", 0.1, 1),
+        ("0.2 dropped", 0.2, 0))},
     "small, with novels, rates halved": (("rate",), SMALL | {"max_lr": 2.5e-3, "matrix_lr": 0.01}),
     "small, with novels, rates doubled": (("rate",), SMALL | {"max_lr": 1e-2, "matrix_lr": 0.04}),
 }  # steps: as many as fitted into a minute of one core with that model

@@ -18,7 +18,6 @@ __all__ = [
     "fine_tune",
     "train_classifier",
     "classify",
-    "wilson_interval",
     "START",
     "END",
     "ROLES",
@@ -36,10 +35,26 @@ __all__ = [
     "answers_in",
     "tale_questions",
     "answer_batch",
+    "sequence_log_probs",
+    "dpo_loss",
+    "Preference",
+    "preference_log_probs",
+    "SORT_TOKENS",
+    "SORT_ASK",
+    "SORT_STOP",
+    "sorting_questions",
+    "sorted_answers",
+    "is_sorted",
+    "crowd_sorter",
+    "sample_answers",
+    "token_log_probs",
+    "group_advantages",
+    "grpo_loss",
     "stream_text",
     "fit_context",
     "PromptCache",
     "Assistant",
+    "open_chat_model",
 ]
 
 import codecs
@@ -53,17 +68,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .previous_chapters import (
-    END_OF_TEXT, GPT, AdamW, BPETokenizer, check_sampling, clip_grad_norm, cosine_schedule, cross_entropy,
+    END_OF_TEXT, GPT, PRESETS, AdamW, BPETokenizer, check_sampling, clip_grad_norm, cosine_schedule, cross_entropy,
     generate_tokens, load_documents, sample, split_documents,
 )
 from utils.device import pick_device
 from utils.downloads import read_members
 from utils.progress import progress
+from utils.workspace import short_path, workspace
 
 
 def read_sms_spam() -> list[tuple[str, int]]:
@@ -280,19 +297,6 @@ def classify(classifier: SequenceClassifier, sequences: Sequence[Sequence[int]],
     return found
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The probabilities that ``successes`` out of ``n`` do not contradict; 95% by default. Wilson 1927.
-
-    ``ValueError`` unless 0 <= successes <= n and n is at least 1.
-    """
-    if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} successes out of {n}; give 0 to n successes, and n of at least 1.")
-    share, spread = successes / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -465,6 +469,194 @@ def answer_batch(model: GPT, tokenizer: BPETokenizer, conversations: Sequence[Se
     return answers
 
 
+def sequence_log_probs(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+    """Log-probability in nats of each row's masked targets, summed: (B, T, V), (B, T), (B, T) -> (B,).
+
+    ``ValueError`` if the shapes do not go together, or if a row has no target that counts.
+    """
+    mask = loss_mask.bool()
+    if not logits.shape[:-1] == targets.shape == mask.shape or mask.dim() != 2:
+        raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and loss mask "
+                         f"{tuple(mask.shape)} do not go together; give (B, T, V), (B, T) and (B, T).")
+    if empty := (~mask.any(dim=1)).nonzero()[:, 0].tolist():
+        raise ValueError(f"The loss mask is 0 everywhere in rows {empty}; each needs at least 1 token of an "
+                         "answer. Shift the mask as the targets.")
+    log_probs = torch.log_softmax(logits[mask].float(), dim=-1)  # (N, V), at the targets that count only
+    picked = log_probs.gather(1, targets[mask][:, None])[:, 0]
+    return picked.new_zeros(len(mask)).index_add(0, mask.nonzero()[:, 0], picked)
+
+
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+             reference_rejected: Tensor, beta: float) -> Tensor:
+    """Mean surprise in nats that the chosen answers were preferred: four times (B,) -> scalar.
+
+    The four are log-probabilities summed over whole answers (``sequence_log_probs``), under the model in
+    training and under the reference, into which no gradient flows. ``beta`` is the price of a nat of
+    distance from the reference: smaller values let the model go further. ``ValueError`` for beta <= 0, for no
+    pairs, for shapes that differ. Rafailov et al. 2023 (arXiv:2305.18290), equation 7.
+    """
+    shapes = [tuple(x.shape) for x in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
+        raise ValueError(f"The log-probabilities have the shapes {', '.join(map(str, shapes))}; give four of one "
+                         "shape (B,), with a number for each of at least 1 pair.")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}; it must be above 0 and finite. 0.1 is a common choice.")
+    chosen = policy_chosen - reference_chosen.detach()  # by how much likelier the answer has become
+    rejected = policy_rejected - reference_rejected.detach()
+    return -nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one conversation, which ends with the user's message; the first one was preferred.
+
+    ``ValueError`` if the answers are equal, or if the conversation has no message of the user at its end.
+    """
+
+    prompt: Sequence[dict]
+    chosen: str
+    rejected: str
+
+    def __post_init__(self):
+        check_messages(self.prompt)
+        if self.prompt[-1]["role"] != "user":
+            raise ValueError(f"The last message has the role {self.prompt[-1]['role']!r}; two answers need one with "
+                             "the role 'user' before them.")
+        if self.chosen == self.rejected:
+            raise ValueError(f"Both answers to {self.prompt[-1]['content']!r} are {self.chosen!r}. A pair of equal "
+                             "answers prefers nothing; leave it out.")
+
+
+def preference_log_probs(model: GPT, tokenizer: BPETokenizer, pairs: Sequence[Preference],
+                         system_prompt: str | None = SMOLLM2_SYSTEM) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of the chosen and of the rejected answers: (B,) and (B,), in nats.
+
+    ``ValueError`` for no pairs, or for one whose conversation does not fit into the model's context.
+    """
+    if not pairs:
+        raise ValueError("There are 0 pairs; give at least 1. (Did a rule find no answer better than another?)")
+    chats = [[*pair.prompt, {"role": "assistant", "content": answer}]
+             for answer_of in ("chosen", "rejected") for pair in pairs for answer in [getattr(pair, answer_of)]]
+    ids, mask = chat_batch(tokenizer, chats, model.config.context_length, model.device, system_prompt)
+    for row, pair in enumerate([*pairs, *pairs]):  # earlier answers of the conversation are not compared
+        mask[row, : len(encode_chat(tokenizer, pair.prompt, True, system_prompt)[0])] = False
+    chosen, rejected = sequence_log_probs(model(ids[:, :-1]), ids[:, 1:], mask[:, 1:]).chunk(2)
+    return chosen, rejected
+
+
+SORT_TOKENS = "0123456789>."  # a token's id is its place in here; ">" asks for the answer and "." ends it
+SORT_ASK, SORT_STOP = 10, 11
+
+
+def sorting_questions(n: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
+    """Six different digits in random order and ">", as token ids (n, 7).
+
+    Held-out questions are those whose digits add up to a multiple of 5; the two kinds share no set of digits.
+    """
+    found = torch.empty(0, 6, dtype=torch.long)
+    while len(found) < n:
+        lists = torch.rand(4 * n, 10, generator=generator).argsort(dim=1)[:, :6]
+        found = torch.cat([found, lists[(lists.sum(dim=1) % 5 == 0) == held_out]])
+    return nn.functional.pad(found[:n], (0, 1), value=SORT_ASK)
+
+
+def sorted_answers(questions: Tensor, descending: bool = False) -> Tensor:
+    """The digits of questions (B, 7) in order, and the end: (B, 7)."""
+    return nn.functional.pad(questions[:, :-1].sort(dim=1, descending=descending).values, (0, 1), value=SORT_STOP)
+
+
+def is_sorted(questions: Tensor, answers: Tensor) -> Tensor:
+    """The check: 1.0 for answers (B, T) that are the question's digits, smallest first, and then end; else 0.0."""
+    right = sorted_answers(questions)
+    return (nn.functional.pad(answers, (0, 7), value=SORT_STOP)[:, :7] == right).all(dim=1).float()
+
+
+def crowd_sorter(steps: int = 200, share_right: float = 1 / 3, seed: int = 0) -> GPT:
+    """A small GPT that imitates a crowd of which only ``share_right`` sort upwards, the others downwards."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(dataclasses.replace(PRESETS["storyteller"], vocab_size=len(SORT_TOKENS), context_length=32,
+                                    d_model=64, n_layers=2, d_ff=176))
+    counts = (torch.arange(13) >= 6).expand(64, -1)  # the answer's seven tokens, among those predicted
+
+    def loss_of(questions: Tensor) -> Tensor:
+        careful = torch.rand(len(questions), 1, generator=generator) < share_right
+        answers = torch.where(careful, sorted_answers(questions), sorted_answers(questions, descending=True))
+        ids = torch.cat([questions, answers], dim=1)
+        return sft_loss(model(ids[:, :-1]), ids[:, 1:], counts)
+
+    fine_tune(model, [sorting_questions(64, generator) for _ in range(steps)], loss_of, max_lr=3e-3)
+    return model
+
+
+def sample_answers(model: GPT, prompts: Tensor, max_new_tokens: int, stop_id: int, *, temperature: float = 1.0,
+                   generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """An answer to each of the prompts (B, P): ids (B, T), filled up with the stop id, and a mask bool (B, T).
+
+    T is ``max_new_tokens``. The mask is true on each answer up to and with its first stop id.
+    """
+    steps = list(generate_tokens(model, prompts, max_new_tokens, temperature=temperature, stop_ids={stop_id},
+                                 generator=generator))
+    answers = nn.functional.pad(torch.stack(steps, dim=1), (0, max_new_tokens - len(steps)), value=stop_id)
+    stops = answers == stop_id
+    return answers, stops.cumsum(dim=1) - stops.long() == 0
+
+
+def token_log_probs(model: GPT, prompts: Tensor, answers: Tensor) -> Tensor:
+    """The log-probability in nats of each token of the answers: (B, P), (B, T) -> (B, T)."""
+    states = model.hidden_states(torch.cat([prompts, answers[:, :-1]], dim=1))[:, prompts.size(1) - 1 :]
+    log_probs = torch.log_softmax(model.lm_head(states).float(), dim=-1)  # (B, T, V)
+    return log_probs.gather(-1, answers[..., None])[..., 0]
+
+
+def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """How much better each answer is than its group, in standard deviations: (N,) -> float32 (N,).
+
+    ``rewards`` holds one group of ``group_size`` answers to a question after the other. A group with equal
+    rewards gets exact zeros. ``ValueError`` for groups of fewer than 2, for a number of rewards that
+    ``group_size`` does not divide, for rewards that are not finite. Shao et al. 2024 (arXiv:2402.03300), 4.1.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}; an answer is compared with the others of its group, so give "
+                         "at least 2.")
+    if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; give (N,) with N a multiple of the group_size "
+                         f"{group_size} and above 0.")
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite; a "
+                         "check that fails to run should give a number too, such as 0.")
+    groups = rewards.double().view(-1, group_size)
+    above = groups - groups.mean(dim=1, keepdim=True)
+    scaled = above / (groups.std(dim=1, correction=0, keepdim=True) + eps)
+    differ = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
+    return torch.where(differ, scaled, 0.0).flatten().float()
+
+
+def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
+              clip: float = 0.2) -> Tensor:
+    """PPO's clipped loss with one advantage an answer: (B, T), (B, T), (B,), mask (B, T) -> scalar.
+
+    Log-probabilities in nats of each token, now and when it was drawn; no gradient flows into the old ones.
+    The mean is over all tokens where the mask is true. ``ValueError`` for shapes that do not go together, a mask
+    that is false everywhere, or clip outside (0, 1). Schulman et al. 2017 (arXiv:1707.06347), equation 7;
+    Shao et al. 2024 (arXiv:2402.03300), which divides by each answer's own length instead.
+    """
+    mask = mask.bool()
+    if not (log_probs.shape == old_log_probs.shape == mask.shape and mask.dim() == 2
+            and advantages.shape == mask.shape[:1]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (log_probs, old_log_probs, advantages, mask))
+        raise ValueError(f"log_probs, old_log_probs, advantages and mask have the shapes {shapes}; give (B, T), "
+                         "(B, T), (B,) and (B, T).")
+    if not mask.any():
+        raise ValueError(f"The mask is 0 at all {mask.numel()} tokens, so nothing can be learned. It must be 1 on "
+                         "the answers' tokens.")
+    if not 0 < clip < 1:
+        raise ValueError(f"clip is {clip}; it must lie between 0 and 1. 0.2 is a common choice.")
+    advantage = advantages[:, None].expand(mask.shape)[mask]
+    ratio = (log_probs[mask] - old_log_probs.detach()[mask]).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
 def stream_text(token_ids: Iterable[int], tokenizer: BPETokenizer) -> Iterator[str]:
     """The text of tokens as they come, never half a character; bytes that are no UTF-8 become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -581,3 +773,23 @@ class Assistant:
         stop_ids = set(self.tokenizer.special_tokens.values())
         new = self.cache.continue_with(prompt, choose, stop_ids, self.max_new_tokens, self.notify)
         return stream_text(new, self.tokenizer)
+
+
+def open_chat_model(name: str) -> tuple[GPT, BPETokenizer, str, str | None]:
+    """Model, tokenizer, name and system prompt: the first arguments of ``Assistant`` and of ``Engine``.
+
+    ``name`` is "smollm2", "storyteller" (as fine-tuned by this chapter), or a folder with ``config.json``,
+    ``model.safetensors`` and ``tokenizer.json``. ``FileNotFoundError`` if it is not there, ``ValueError`` if
+    its tokenizer has no markers of a chat.
+    """
+    if name == "smollm2":
+        model = GPT.from_pretrained("smollm2-135m").to(pick_device())
+        return model, BPETokenizer.smollm2(), "smollm2-135m", SMOLLM2_SYSTEM
+    folder = workspace("finetune") / "storyteller-chat" if name == "storyteller" else Path(name).expanduser()
+    if missing := [file for file in ("config.json", "tokenizer.json") if not (folder / file).exists()]:
+        mend = ("Chapter 6 makes it: python3 course.py run ch06" if name == "storyteller" else
+                "Give smollm2, storyteller, or a folder that holds a model and its tokenizer.")
+        raise FileNotFoundError(f"There is no {' and no '.join(missing)} in {short_path(folder)}. {mend}")
+    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+    encode_chat(tokenizer, [{"role": "user", "content": ""}])  # says so if it has no markers
+    return GPT.from_pretrained(folder).to(pick_device()).eval(), tokenizer, folder.resolve().name, None

@@ -902,6 +902,29 @@ def test_the_first_storyteller_is_kept(tmp_path, monkeypatch, capsys):
     assert [step for name, step, text in seen if name == "sample" and text.startswith("Once upon a time")] == [1, 2]
 
 
+def test_the_live_run_and_the_tables_are_judged_on_the_same_text():
+    assert pretrain.STORYTELLER_RUN.eval_tokens >= len(pretrain.prepare_tokens("andersen").val)
+    assert pretrain.STORYTELLER_RUN.steps % pretrain.STORYTELLER_RUN.eval_every == 0, "the end is a point of the curve"
+
+
+def test_a_storyteller_is_handed_out_without_dropout(tmp_path, monkeypatch, small_tokenizer, tokens):
+    """The record was trained with dropout; who goes on from it decides anew."""
+    monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setattr(pretrain, "ROOT", tmp_path)
+    trained, folder = tiny(3, dropout=0.1), tmp_path / "ch05_pretrain" / "storyteller"
+    folder.mkdir(parents=True)
+    save_finished(folder, trained, small_tokenizer, pretrain.History())
+    assert json.loads((folder / "config.json").read_text()) and GPT.from_pretrained(folder).config.dropout == 0.1
+    loaded, _ = load_storyteller()
+    assert not loaded.training and loaded.config == dataclasses.replace(trained.config, dropout=0.0)
+    ids = torch.as_tensor(tokens[:32].astype(np.int64)).view(2, 16)
+    with torch.no_grad():
+        expected = trained.eval()(ids)
+        torch.testing.assert_close(loaded(ids), expected)
+        assert torch.equal(loaded.train()(ids), loaded.eval()(ids))
+        assert not torch.equal(trained.train()(ids), expected), "the original does drop"
+
+
 def test_your_own_finished_storyteller_comes_before_the_record(tmp_path, monkeypatch, capsys, small_tokenizer):
     """The record is a folder beside the chapter's module; a folder without its history is not finished."""
     monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "workspace"))

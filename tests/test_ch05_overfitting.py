@@ -1,7 +1,10 @@
 """Chapter 5, deep dive on overfitting: curves, copied spans, the exam of endings, and variety."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,12 @@ from hypothesis import strategies as st
 
 from ch01_data.data import Document
 from ch02_tokenizer.tokenizer import BPETokenizer
+from ch05_pretrain import overfitting
 from ch05_pretrain.overfitting import (
+    BOOK_MODELS,
+    BOOK_RUN,
+    LONG,
+    RECIPES,
     SMALL_RUN,
     Cloze,
     EpochCurve,
@@ -21,12 +29,13 @@ from ch05_pretrain.overfitting import (
     ending_log_probabilities,
     make_cloze,
     mark_spans,
+    record_book,
     score_cloze,
     sentences_of,
-    share_interval,
     small_gpt,
     suffix_array,
     train_and_watch,
+    wilson_interval,
 )
 from ch05_pretrain.pretrain import evaluate
 
@@ -97,7 +106,9 @@ def test_longest_and_marks_by_hand():
     index = SpanIndex("the king sat down. the queen stood up.")
     text = "so the king sat up and the queen sat down."
     assert index.longest(text) == "the king sat "
-    assert index.spans(text, 11) == [(3, 16), (22, 34)]
+    assert index.spans(text, 11) == index.spans(text, 12) == [(3, 16), (22, 34)]
+    assert index.spans(text, 13) == [(3, 16)] and index.spans(text, 14) == []
+    assert SpanIndex("abc. bcd. def").spans("abcdef", 3) == [(0, 6)]  # three pieces, each overlapping the next
     assert mark_spans("abcdef", [(1, 3), (3, 5)]) == "a【bc】【de】f"
     assert SpanIndex("abc").longest("") == "" and SpanIndex("").share("abc", 1) == 0.0
 
@@ -108,6 +119,15 @@ def test_a_copy_is_found_whole_and_a_stranger_not_at_all():
     assert SpanIndex(corpus).share("ZZZZZ QQQQQ", 2) == 0.0
     with pytest.raises(ValueError, match="at_least is 0.*at least 1"):
         SpanIndex(corpus).spans("abc", 0)
+
+
+def test_a_text_is_looked_up_once_and_answers_are_the_askers_own(monkeypatch):
+    index = SpanIndex("the king sat down")
+    first = index.lengths("a king sat up")
+    kept = first.copy()
+    first[:] = 99  # whoever changes an answer must not change the next
+    monkeypatch.setattr(index, "length_at", lambda text, start: pytest.fail("looked up again"))
+    assert index.lengths("a king sat up").tolist() == kept.tolist()
 
 
 @settings(deadline=None)
@@ -222,7 +242,7 @@ def test_log_probabilities_are_those_of_one_text_at_a_time(model, tokenizer):
     scores = ending_log_probabilities(model, tokenizer, context, endings)
     for score, ending in zip(scores, endings, strict=True):
         before, after = tokenizer.encode(context), tokenizer.encode(" " + ending)
-        probabilities = torch.softmax(model(torch.tensor([before + after])), -1)[0]
+        probabilities = torch.softmax(model(torch.tensor([before + after])), -1)[0].detach()
         expected = sum(math.log(probabilities[len(before) - 1 + i, token]) for i, token in enumerate(after))
         assert score.item() == pytest.approx(expected, rel=1e-4)
 
@@ -242,16 +262,18 @@ def test_a_long_context_loses_its_beginning_and_a_long_ending_is_refused(model, 
                                                              (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
 def test_wilson_against_published_values(right, asked, low, high):
     """The last row: Newcombe 1998, table I (81 of 263), method 3."""
-    assert share_interval(right, asked) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(right, asked) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_wilson_by_its_definition_and_bounds():
-    low, high = share_interval(37, 150)
+    low, high = wilson_interval(37, 150)
     for p in (low, high):  # the ends are where the observed share is exactly z standard errors away
         assert abs(37 / 150 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 150))
+    for n in range(1, 300):  # rounding must not carry an end out of the bounds
+        assert 0 <= wilson_interval(0, n)[0] < wilson_interval(n, n)[1] <= 1
     for right, asked in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match=f"{right} right of {asked} asked"):
-            share_interval(right, asked)
+        with pytest.raises(ValueError, match=f"{right} successes out of {asked}; give 0 to n"):
+            wilson_interval(right, asked)
 
 
 # --- curves ---------------------------------------------------------------------------------------------------
@@ -273,6 +295,54 @@ def test_watching_keeps_the_weights_of_the_turn():
     model.load_state_dict(best, strict=False)
     assert evaluate(model, held_out, context_length=16).loss == pytest.approx(min(curve.val_loss), rel=1e-5)
     assert evaluate(model, rows[0], context_length=16).loss == pytest.approx(curve.train_loss[curve.turn()], rel=1e-5)
+
+
+TINY_BOOK = dataclasses.replace(BOOK_RUN, steps=6, eval_every=2, batch_size=2, context_length=16, warmup_steps=1,
+                                eval_tokens=64, save_every=1, precision="float32")
+
+
+def test_the_record_survives_a_stop_and_keeps_other_curves(monkeypatch, tmp_path):
+    ids = torch.randint(0, 50, (400,), generator=torch.Generator().manual_seed(0)).numpy()
+    monkeypatch.setattr(overfitting, "prepare_tokens", lambda name: SimpleNamespace(train=ids[:300], val=ids[300:]))
+    monkeypatch.setattr(overfitting, "BOOK_RUN", TINY_BOOK)
+    monkeypatch.setattr(overfitting, "BOOK_MODELS", {name: {"d_model": 16, "n_layers": 1} for name in ("a", "b")})
+    monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "whole"))
+    record_book(tmp_path / "whole.json", "a")
+    expected = json.loads((tmp_path / "whole.json").read_text())
+    assert expected["curves"]["a"]["epochs"] == pytest.approx([step * 32 / 300 for step in (2, 4, 6)])
+    assert expected["train"] == TINY_BOOK.to_dict() and expected["tokens"] == 300
+
+    def stop_after(text, steps):
+        if len(json.loads(text)["curves"]["a"]["epochs"]) == steps:
+            raise KeyboardInterrupt
+
+    written = overfitting.write_text
+    monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "parts"))
+    path = tmp_path / "parts.json"
+    path.write_text(json.dumps({"curves": {"b": {"epochs": [1.0], "train_loss": [2.0], "val_loss": [3.0]}}}))
+    monkeypatch.setattr(overfitting, "write_text", lambda p, text: (written(p, text), stop_after(text, 2)))
+    with pytest.raises(KeyboardInterrupt):
+        record_book(path, "a")
+    assert len(json.loads(path.read_text())["curves"]["a"]["val_loss"]) == 2
+    monkeypatch.setattr(overfitting, "write_text", written)
+    record_book(path, "a")
+    found = json.loads(path.read_text())["curves"]
+    assert found["a"] == expected["curves"]["a"]
+    assert found["b"] == {"epochs": [1.0], "train_loss": [2.0], "val_loss": [3.0]}
+
+
+def test_the_records_were_made_with_todays_settings():
+    folder = Path(overfitting.__file__).parent / "records"
+    kept = {name: json.loads((folder / f"overfitting_{name}.json").read_text(encoding="utf-8"))
+            for name in ("book", "dropout", "recipes", "turns")}
+    assert kept["book"]["train"] == BOOK_RUN.to_dict() and kept["book"]["models"] == BOOK_MODELS
+    assert set(kept["book"]["curves"]) <= set(BOOK_MODELS) and "plain" in kept["book"]["curves"]
+    assert kept["dropout"]["recipe"] == {"model": {"dropout": 0.2}, "run": LONG}
+    assert kept["recipes"]["train"] == kept["turns"]["train"] == SMALL_RUN.to_dict()
+    assert kept["recipes"]["recipes"] == json.loads(json.dumps(RECIPES))
+    for curve in [kept["dropout"]["curve"], *kept["book"]["curves"].values(), *kept["turns"]["curves"].values()]:
+        assert len(curve["epochs"]) == len(curve["train_loss"]) == len(curve["val_loss"]) > 0
+        assert curve["epochs"] == sorted(set(curve["epochs"]))
 
 
 def test_small_gpt_is_the_same_for_the_same_seed():

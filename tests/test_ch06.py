@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ch02_tokenizer.tokenizer import END_OF_TEXT, BPETokenizer
 from ch04_gpt.gpt import GPT, GPTConfig
+from ch05_pretrain.overfitting import wilson_interval
 from ch06_finetune.finetune import (
     END,
     START,
@@ -45,7 +46,6 @@ from ch06_finetune.finetune import (
     stream_text,
     tale_questions,
     train_classifier,
-    wilson_interval,
 )
 from utils.terminal_chat import talk
 

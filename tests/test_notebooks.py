@@ -218,7 +218,7 @@ def test_everything_is_defined_once():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 defined[node.name].append(path.relative_to(ROOT).as_posix())
-    commands = {"run", "test", "lab", "chat", "bench", "export", "main"}
+    commands = {"run", "test", "lab", "chat", "serve", "bench", "export", "main"}
     assert {name: places for name, places in defined.items() if len(places) > 1 and name not in commands} == {}
 
 
