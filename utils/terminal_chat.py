@@ -85,8 +85,8 @@ class Conversation:
         answer, began = "", time.monotonic()
         try:
             for piece in self.assistant.reply(self.messages):
+                answer += piece  # before it is shown, so that what was seen is kept
                 print(piece, end="", flush=True)
-                answer += piece
             print("" if answer else "(The model ended its answer at once.)")
         except KeyboardInterrupt:
             print("\n(Stopped.)")
