@@ -143,7 +143,8 @@ def test_system_prompt_and_temperature_change_from_the_next_answer_on(talking):
 def terminal(tmp_path):
     """``course.py chat``'s loop in a terminal of its own: (type a line, wait for words, the process)."""
     pty = pytest.importorskip("pty")
-    program = ("import sys; sys.path[:0] = ['.', 'tests']; from pathlib import Path; from test_chat import Echo; "
+    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job may ignore it
+               "import sys; sys.path[:0] = ['.', 'tests']; from pathlib import Path; from test_chat import Echo; "
                "from utils.terminal_chat import talk; "
                f"sys.exit(talk(Echo(0.05), history=Path({str(tmp_path / 'typed')!r})))")
     started = []
