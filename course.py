@@ -8,6 +8,8 @@
     python3 course.py chat             talk to SmolLM2 on the course's own code
     python3 course.py serve            the same model for your programs, at an OpenAI-compatible address
     python3 course.py export [--check] write each chapter's module from its notebook
+    python3 course.py assignments      homework: release it to students, grade it, write feedback
+    python3 course.py links OWNER/REPO badges and launch links of a fork
 
 It uses the virtual environment that is active, or makes one in .venv, and installs what
 requirements.txt pins. Nothing but Python is needed to start. This file keeps to a syntax that
@@ -78,7 +80,17 @@ DEEP_DIVES = {
     "distillation": ("ch06_finetune/distillation.ipynb", "what does a teacher know that the text does not say?", 45),
     "serving": ("ch06_finetune/serving.ipynb", "how does one model answer everybody at once?", 30),
 }
-NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES)
+
+# homework with its solutions, as teachers have it; `assignments release` makes the students' copies
+ASSIGNMENTS = {
+    "ch01-assignment": ("ch01_data/assignment.ipynb", "homework: near-duplicates and an honest split", 20),
+    "ch02-assignment": ("ch02_tokenizer/assignment.ipynb", "homework: byte-pair encoding", 20),
+    "ch03-assignment": ("ch03_attention/assignment.ipynb", "homework: attention", 20),
+    "ch04-assignment": ("ch04_gpt/assignment.ipynb", "homework: a block, and sampling from it", 20),
+    "ch05-assignment": ("ch05_pretrain/assignment.ipynb", "homework: loss, optimizer, resume", 20),
+    "ch06-assignment": ("ch06_finetune/assignment.ipynb", "homework: fine-tuning", 20),
+}
+NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES, **ASSIGNMENTS)
 
 MODELS = "smollm2, storyteller (once chapter 6 has run), or the folder of another"
 ADAPTERS = "LoRA for that model: tasks (the course's own, for smollm2), one that chapter 6 has saved, or its folder"
@@ -89,13 +101,15 @@ BENCHES = {"tokenizer": "tests.bench_tokenizer", "model": "tests.bench_model", "
 
 def main(argv):
     arguments = parse(argv)
-    if arguments.command == "export":
-        return export(arguments)
-    requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if arguments.command in ("test", "bench") else [])
+    if arguments.command in ("export", "links"):  # these need nothing installed
+        return {"export": export, "links": links}[arguments.command](arguments)
+    more = arguments.command in ("test", "bench", "assignments")
+    requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if more else [])
     python = ready_environment(requirements)
     if not same_environment(python):
         return hand_over(python, argv)
-    commands = {"run": run, "test": test, "lab": lab, "chat": chat, "serve": serve, "bench": bench}
+    commands = {"run": run, "test": test, "lab": lab, "chat": chat, "serve": serve, "bench": bench,
+                "assignments": assignments}
     return commands[arguments.command](arguments)
 
 
@@ -133,18 +147,54 @@ def parse(argv):
     command.add_argument("--clients", type=int, default=64, help="requests under way, waiting ones too (64)")
     command = commands.add_parser("export", help="write each chapter's module from its notebook")
     command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
+    parse_assignments(commands.add_parser("assignments", help="homework: release, grade, feedback, check"))
+    command = commands.add_parser("links", help="write the badges and launch links of a fork into every notebook")
+    command.add_argument("repository", nargs="?", metavar="OWNER/REPO",
+                         help="the fork on GitHub; without it, the one that pyproject.toml names")
+    command.add_argument("--branch", default=None, help="the branch that the links open (main)")
+    command.add_argument("--hub", default=None, metavar="URL", help="your JupyterHub, for the nbgitpuller links")
+    command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
     command = commands.add_parser("bench", help="measure this course against the usual libraries, interleaved")
     command.add_argument("names", nargs="*", metavar="NAME", help="one or more of %s; or all" % ", ".join(BENCHES))
     command.add_argument("--rounds", type=int, default=5, help="timed runs of each contender; medians are shown")
     command.add_argument("--quick", action="store_true", help="small sizes and one round: does it run at all?")
     arguments = parser.parse_args(argv)
-    for given, table in (("notebooks", NOTEBOOKS), ("names", dict(BENCHES, all=""))):
+    for given, table in (("notebooks", NOTEBOOKS), ("names", dict(BENCHES, all="")), ("chapters", CHAPTERS)):
         for name in getattr(arguments, given, []):
             if name not in table:
-                parser.error("there is no notebook or bench %r; there are %s" % (name, ", ".join(table)))
+                parser.error("there is no notebook, bench or chapter %r; there are %s" % (name, ", ".join(table)))
     if getattr(arguments, "rounds", 1) < 1:
         parser.error("--rounds is %d; it must be at least 1" % arguments.rounds)
     return arguments
+
+
+def parse_assignments(parser):
+    """``assignments release|grade|feedback|check``, each with its own help."""
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    task = tasks.add_parser("release", help="write the students' copies, without solutions and hidden tests")
+    task.add_argument("folder", metavar="DIR", type=Path)
+    task.add_argument("--chapters", nargs="+", default=[], metavar="ch03", help="only these; all if not given")
+    task.add_argument("--whole-course", action="store_true",
+                      help="the whole course with the students' copies in it, to push as your class's repository")
+    task = tasks.add_parser("grade", help="run and grade a folder of notebooks, each in a sandbox of its own")
+    task.add_argument("submissions", metavar="SUBMISSIONS", type=Path,
+                      help="NAME.ipynb, NAME/assignment.ipynb, or the folder that Moodle, Canvas or nbgrader collects")
+    task.add_argument("--out", type=Path, default=None, metavar="DIR",
+                      help="where grades.csv and feedback/ go (workspace/grades/ and the folder's name)")
+    task.add_argument("--chapter", choices=list(CHAPTERS), default=None,
+                      help="for notebooks that do not say it themselves")
+    task.add_argument("--columns", choices=("plain", "canvas", "moodle"), default="plain",
+                      help="write the grades also in the columns that Canvas or Moodle imports")
+    task.add_argument("--jobs", type=int, default=2, help="submissions at a time (2)")
+    task.add_argument("--seconds", type=float, default=120, help="time for one submission (120)")
+    task.add_argument("--memory", type=float, default=2.5, metavar="GB", help="memory for one submission (2.5)")
+    task.add_argument("--again", action="store_true", help="also run what has not changed since the last grading")
+    task.add_argument("--without-sandbox", action="store_true",
+                      help="where bubblewrap is not to be had: students' code then runs with your rights")
+    task = tasks.add_parser("feedback", help="write the feedback pages again, with the points you entered by hand")
+    task.add_argument("folder", metavar="DIR", type=Path, help="what grade wrote")
+    task = tasks.add_parser("check", help="try many wrong and right solutions: do the tests tell them apart?")
+    task.add_argument("chapters", nargs="*", default=[], metavar="ch03", help="only these; all if not given")
 
 
 # ---------------------------------------------------------------- the environment
@@ -408,6 +458,45 @@ def bench(arguments):
         rows = importlib.import_module(BENCHES[name]).rows(arguments.quick)
         compare(rows, 1 if arguments.quick else arguments.rounds, name, "quick" if arguments.quick else "full")
     return 0
+
+
+def assignments(arguments):
+    from utils import classroom
+    from utils.workspace import short_path, workspace
+
+    if arguments.task == "check":
+        from tests.attempts import chapters, table
+
+        text, problems = table(arguments.chapters or chapters())
+        print(text)
+        fail("\n".join(problems)) if problems else print("\nEvery test catches what it is meant for.")
+        return 0
+    names = getattr(arguments, "chapters", []) or list(CHAPTERS)
+    sources = [ROOT / ASSIGNMENTS[name + "-assignment"][0] for name in names]
+    if arguments.task == "release":
+        written = classroom.release(sources, arguments.folder, whole_course=arguments.whole_course)
+        print("\n".join(short_path(path) for path in written))
+    elif arguments.task == "grade":
+        out = arguments.out or workspace("grades") / arguments.submissions.resolve().name
+        table = classroom.grade(
+            arguments.submissions, sources, out, chapter=arguments.chapter, jobs=arguments.jobs,
+            seconds=arguments.seconds, memory_gb=arguments.memory, unsafe=arguments.without_sandbox,
+            columns=arguments.columns, again=arguments.again)
+        print("Grades: %s\nFeedback: %s" % (short_path(table), short_path(out / "feedback")))
+    else:
+        classroom.feedback(arguments.folder)
+    return 0
+
+
+def links(arguments):
+    from utils.launch import write_links
+
+    problems = write_links(arguments.repository, arguments.branch, hub=arguments.hub, check=arguments.check)
+    for problem in problems:
+        print(problem, file=sys.stderr if arguments.check else sys.stdout)
+    if arguments.check and not problems:
+        print("Every launch link is in place.")
+    return 1 if arguments.check and problems else 0
 
 
 def export(arguments):

@@ -18,7 +18,8 @@ from utils.notebooks import Job, NotebookError, normalised, run_notebooks
 NOTEBOOKS = chapter_notebooks()
 CHAPTERS = ["ch01_data", "ch02_tokenizer", "ch03_attention", "ch04_gpt", "ch05_pretrain", "ch06_finetune"]
 MAIN = [ROOT / folder / f"{folder.split('_')[1]}.ipynb" for folder in CHAPTERS]
-DEEP_DIVES = [path for path in NOTEBOOKS if path not in MAIN]
+ASSIGNMENTS = [path for path in NOTEBOOKS if path.name == "assignment.ipynb"]
+DEEP_DIVES = [path for path in NOTEBOOKS if path not in MAIN + ASSIGNMENTS]
 
 
 def name_of(path):
@@ -140,7 +141,8 @@ def test_cells_are_short_and_some_are_compared_exactly(path):
     cells = code_cells(path)
     lengths = {cell.id: sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells}
     story = sorted(lengths[cell.id] for cell in cells if not cell.source.startswith("#| export"))
-    assert max(lengths.values()) <= 50 and story[len(story) // 2] <= 15
+    assert max(lengths.values()) <= 50
+    assert story[len(story) // 2] <= 15 or path in ASSIGNMENTS  # tests are longer than a story's cells
     assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in cells)
 
 
@@ -214,11 +216,11 @@ def test_refused_export_leaves_the_module_as_it_was(tmp_path):
 
 def test_everything_is_defined_once():
     defined = collections.defaultdict(list)
-    for path in [*ROOT.glob("ch0*/*.py"), *ROOT.glob("utils/*.py"), ROOT / "course.py"]:
+    for path in [*ROOT.glob("ch0*/*.py"), *ROOT.glob("utils/**/*.py"), ROOT / "course.py"]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 defined[node.name].append(path.relative_to(ROOT).as_posix())
-    commands = {"run", "test", "lab", "chat", "serve", "bench", "export", "main"}
+    commands = {"run", "test", "lab", "chat", "serve", "bench", "export", "links", "main"}
     assert {name: places for name, places in defined.items() if len(places) > 1 and name not in commands} == {}
 
 
@@ -229,7 +231,7 @@ def test_the_code_is_clean():
 
 
 def test_no_chapter_knows_a_later_one_and_utils_knows_none():
-    for path in [*ROOT.glob("ch0*/*.py"), *ROOT.glob("utils/*.py")]:
+    for path in [*ROOT.glob("ch0*/*.py"), *ROOT.glob("utils/**/*.py")]:
         known = re.findall(r"^(?:from|import) (ch0\d)", path.read_text(encoding="utf-8"), re.M)
         own = path.parent.name[:4]
         assert all(own.startswith("ch") and name <= own for name in known), path

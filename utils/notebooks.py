@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from .workspace import atomic_write, short_path, workspace
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+KEPT = ("tags", "slideshow", "jupyter", "nbgrader")  # of a cell's metadata; the rest changes from run to run
 BAR = re.compile(r"\d+%\|[^|]*\|")  # a tqdm bar; another output may come before the bar is blanked
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -93,13 +94,15 @@ def write_notebook(notebook, path: Path) -> None:
 
 def normalised(notebook):
     """The notebook with fixed kernel metadata, merged streams and no trace of progress bars."""
+    course = {key: notebook.metadata[key] for key in ("course",) if key in notebook.metadata}
     notebook.metadata = nbformat.from_dict({
+        **course,
         "kernelspec": KERNELSPEC,
         "language_info": {"name": "python", "file_extension": ".py", "mimetype": "text/x-python",
                           "pygments_lexer": "ipython3"},
     })
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "slideshow")})
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in KEPT})
         if cell.cell_type == "code":
             cell.outputs = _tidy(cell.outputs)
     return notebook
