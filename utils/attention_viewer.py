@@ -163,7 +163,7 @@ class AttentionViewer(anywidget.AnyWidget):
           card.lastChild.style.width = (can ? 100 * value : 0) + "%";
           card.tabIndex = i === chosen ? 0 : -1;
           card.ariaPressed = String(i === chosen);
-          card.ariaLabel = `${tokens[i]}, token ${i}, ${can ? word : "out of sight"}`;
+          card.ariaLabel = `${tokens[i]} ${word}, token ${i}${can ? "" : ", out of sight"}`;
           card.classList.toggle("attention-out", !can);
         });
         const best = tokens.map((_, i) => i).filter(possible).sort((a, b) => weight(b) - weight(a)).slice(0, 3);
@@ -179,7 +179,7 @@ class AttentionViewer(anywidget.AnyWidget):
         if (focus) strip.children[chosen].focus();
       }
       function card(token, i) {
-        const node = make("button", { type: "button" }, make("span", { textContent: token }),
+        const node = make("button", { type: "button" }, make("span", { textContent: token }), " ",
           make("small"), make("i", { ariaHidden: "true" }));
         node.addEventListener("pointerenter", () => choose(i));
         node.addEventListener("click", () => choose(i));
@@ -290,11 +290,11 @@ class AttentionViewer(anywidget.AnyWidget):
       font: inherit; padding: 3px 6px; color: inherit; border: 1px solid #767676; border-radius: 3px;
       background: var(--jp-layout-color1, transparent); box-sizing: border-box; }
     .attention option { color: CanvasText; background: Canvas; }
-    .attention-bar button[aria-pressed=true] { font-weight: bold; border: 2px solid #B34700; }
+    .attention-bar button[aria-pressed=true] { font-weight: bold; border: 2px solid #D55E00; }
     .attention-tokens { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0; }
-    .attention .attention-tokens button { color: black; border: 2px solid #b0b0b0; display: flex; cursor: pointer;
+    .attention .attention-tokens button { color: black; border: 2px solid #767676; display: flex; cursor: pointer;
       flex-direction: column; align-items: stretch; min-width: 3.2em; text-align: center; padding: 2px 5px; }
-    .attention .attention-tokens button[aria-pressed=true] { border: 3px solid #B34700; padding: 1px 4px; }
+    .attention .attention-tokens button[aria-pressed=true] { border: 3px solid #D55E00; padding: 1px 4px; }
     .attention .attention-tokens button.attention-out { border-style: dotted; color: #595959; }
     .attention-tokens small { font-variant-numeric: tabular-nums; font-weight: normal; }
     .attention-tokens i { height: 4px; background: black; }

@@ -31,3 +31,4 @@ c.FileContentsManager.post_save_hook = export_on_save
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.allow_remote_access = False
 c.ServerApp.tornado_settings = {"page_config_hook": without_news}
+c.LabApp.extra_labextensions_path = [str(Path(__file__).parent / "labextensions")]  # alternative text of figures
