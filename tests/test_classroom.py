@@ -153,6 +153,23 @@ def test_the_whole_course_is_released_without_what_shows_solutions(tmp_path, sou
     assert HIDDEN_SECRET.encode() not in names["ch03_attention/assignment.ipynb"]
 
 
+@needs_sandbox
+def test_a_reader_works_in_a_release_inside_the_course_and_grades_it(scratch, source):
+    """The released copy finds the course from where it lies; outside the course it says what to do."""
+    homework = scratch / "homework"
+    (notebook,) = classroom.release([source], homework)
+    start = [sys.executable, "-c", "import previous_chapters, utils; print(utils.__file__)"]
+    inside = subprocess.run(start, cwd=notebook.parent, capture_output=True, text=True)
+    assert inside.stdout.strip() == str(scratch / "utils" / "__init__.py"), inside.stderr
+    shutil.copytree(homework, scratch.parent / "elsewhere")
+    outside = subprocess.run(start, cwd=scratch.parent / "elsewhere" / "ch03", capture_output=True, text=True)
+    assert "lies outside the course" in outside.stderr and "Move this folder" in outside.stderr
+    nbformat.write(filled_in(nbformat.read(notebook, as_version=4)), notebook)
+    table = classroom.grade(homework, [source], scratch / "grades", **LIMITS)
+    (row,) = rows(table.parent).values()
+    assert row["student"] == "homework" and float(row["automatic"]) == 90.0
+
+
 # ------------------------------------------------------------------------------------- what is handed in
 
 def test_the_layouts_of_platforms_are_understood(tmp_path, source, released):

@@ -16,13 +16,28 @@ RELEASE_LIST = ".release.json"
 NOT_FOR_STUDENTS = ("tests/attempts", "tests/test_assignments.py", "tests/test_classroom.py", "tests/hostile.py",
                     "tests/small_assignment.py", ".github/")  # the last would test what is left out here
 
+WAY_TO_THE_COURSE = '''\
+"""Stands in for the chapter's own file, so that the notebook beside it runs anywhere in the course."""
+
+from pathlib import Path
+
+_COURSE = next((folder for folder in Path(__file__).resolve().parents if (folder / "course.py").exists()), None)
+if _COURSE is None:
+    raise ImportError(
+        f"{{Path(__file__).resolve().parent}} lies outside the course. Move this folder into the course's folder (the "
+        "one with course.py), or only the notebook into {chapter}/ there, under a name of your own.")
+__file__ = str(_COURSE / "{chapter}" / "previous_chapters.py")
+exec(compile(Path(__file__).read_text(encoding="utf-8"), __file__, "exec"))
+'''
+
 
 def release(sources: list[Path], folder: Path, *, whole_course: bool = False) -> list[Path]:
     """Write the students' copies of assignments into ``folder``, and return the paths of the notebooks.
 
-    ``folder/ch03/assignment.ipynb`` with INSTRUCTIONS.md beside it; with ``whole_course`` a copy of the course
-    that has them in place of the sources, ready to be pushed as the class's repository. ``ValueError`` if a
-    source is faulty, a copy would show a solution, or the folder holds anything but an earlier release.
+    ``folder/ch03/assignment.ipynb``, with INSTRUCTIONS.md and the way to the course beside it; with
+    ``whole_course`` a copy of the course that has them in place of the sources, ready to be pushed as the class's
+    repository. ``ValueError`` if a source is faulty, a copy would show a solution, or the folder holds anything
+    but an earlier release.
     """
     folder = Path(folder)
     assignments = [read_assignment(path) for path in sources]
@@ -37,6 +52,8 @@ def release(sources: list[Path], folder: Path, *, whole_course: bool = False) ->
         notebooks.append(folder / place / "assignment.ipynb")
         files[f"{place}/assignment.ipynb"] = (nbformat.writes(copy).rstrip("\n") + "\n").encode()
         files[f"{place}/INSTRUCTIONS.md"] = instructions(one).encode()
+        if not whole_course:
+            files[f"{place}/previous_chapters.py"] = WAY_TO_THE_COURSE.format(chapter=one.folder).encode()
     _replace_release(folder, files)
     return notebooks
 
@@ -110,7 +127,8 @@ def instructions(assignment: Assignment) -> str:
     return "\n".join([
         f"# {assignment.title}", "", f"{sum(one.points for one in assignment.exercises):g} points, {minutes}.", "",
         "| exercise | minutes | points |", "| --- | --- | --- |", *rows, read, "## How to work", "",
-        "1. Open `assignment.ipynb` where the course runs. Write between the comments that ask for it.",
+        "1. Put this folder into the course's folder if it is not there already (on Colab, the notebook alone is "
+        "enough), and open `assignment.ipynb`. Write where `# YOUR CODE HERE` stands.",
         "2. Run the checks below each exercise. Grading runs the same checks and further ones, which test the "
         "same specification on other inputs.",
         "3. Leave the cells with checks as they are: grading takes the originals. Cells of your own are welcome.",
@@ -123,6 +141,6 @@ def instructions(assignment: Assignment) -> str:
 def _readme(assignments: list[Assignment]) -> str:
     rows = [f"- `{one.chapter}/`: {one.title}" + (f" (about {one.minutes} minutes)" if one.minutes else "")
             for one in sorted(assignments, key=lambda one: one.chapter)]
-    how = ("Each folder holds a notebook to work in and its INSTRUCTIONS.md. To run one, put it into the folder "
-           "of its chapter in the course (`ch03_attention/` for `ch03`).")
+    how = ("Each folder holds a notebook to work in, its INSTRUCTIONS.md, and a `previous_chapters.py` that finds "
+           "the course. The notebooks run wherever these folders lie inside the course's folder, and on Colab.")
     return "\n".join(["# Assignments", "", *rows, "", how, ""])

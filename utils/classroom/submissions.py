@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 
 from .assignments import Assignment, defined_names, grade_id, kind
+from .handout import RELEASE_LIST
 
 MAX_BYTES = 10_000_000
 MAX_CELLS = 1000
@@ -62,12 +63,15 @@ def find_submissions(folder: Path, assignments: list[Assignment], *, chapter: st
                      skip: Path | None = None) -> list[Submission]:
     """Every submission in a folder, sorted by student. ``chapter`` settles which assignment all of them are.
 
-    Understood are NAME.ipynb, NAME/*.ipynb, NAME/ch03/*.ipynb (nbgrader), and what Canvas and Moodle give to
-    download. Hidden files are passed over, links never followed. ``ValueError`` if there is no such folder.
+    Understood are NAME.ipynb, NAME/*.ipynb, NAME/ch03/*.ipynb (nbgrader), what Canvas and Moodle give to download,
+    and a release itself: then it is one student's, called as the folder is, and ``chapter`` says which notebook.
+    Hidden files are passed over, links never followed. ``ValueError`` if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the students' notebooks.")
+    if (folder / RELEASE_LIST).is_file():
+        return _own_homework(folder, [one for one in assignments if chapter in (None, one.chapter)])
     found: dict[tuple[str, str, str], list[Submission]] = {}
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith((".", "__MACOSX")) or (skip and entry.resolve() == Path(skip).resolve()):
@@ -80,6 +84,13 @@ def find_submissions(folder: Path, assignments: list[Assignment], *, chapter: st
     named = {(one.student, one.number) for one in kept if not one.problem}
     kept = [one for one in kept if not (one.problem and not one.chapter and (one.student, one.number) in named)]
     return sorted(kept, key=lambda one: (one.student, one.number, one.chapter))
+
+
+def _own_homework(folder: Path, assignments: list[Assignment]) -> list[Submission]:
+    """The notebooks of a reader who works in a release and grades it: one for each chapter that is in it."""
+    places = [(one.chapter, folder / one.chapter / "assignment.ipynb") for one in assignments]
+    return [read_submission(folder.resolve().name, "", path, assignments, chapter)
+            for chapter, path in places if path.exists()]
 
 
 def _owner(entry: Path) -> tuple[str, str]:
