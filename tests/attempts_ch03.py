@@ -91,7 +91,7 @@ LOOP_ATTEND = ATTEND + '''    wide = torch.float64 if query.dtype == torch.float
         e = torch.exp(hidden - hidden.max(-1, keepdim=True).values) * allowed
         rows.append(e / (e.sum(-1, keepdim=True) + ~allowed.any(-1, keepdim=True)))
     weights = torch.stack(rows, dim=-2)
-    return (weights.to(query.dtype) @ value), weights.to(query.dtype)
+    return (weights @ v).to(query.dtype), weights.to(query.dtype)
 '''
 
 CHAPTER_MASK = '''def blocked_pairs(document, n_queries=None):
@@ -309,7 +309,7 @@ LOOP_PRECISION = '''errors, first_bad = {}, {}
 speeds = torch.tensor([10_000.0 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64)
 for dtype in (torch.bfloat16, torch.float16):
     name, values, found = str(dtype).split(".")[1], [], []
-    while len(values) < 300 or len(found) < 2:
+    while len(values) < 400 or len(found) < 2:
         position = float(len(values))
         wrong = (torch.tensor(position).to(dtype) * speeds.to(dtype)).double().cos()
         values.append(max((wrong - (position * speeds).cos()).abs().tolist()))
@@ -371,7 +371,9 @@ ATTEND_CELL = [
         (".transpose(-2, -1) * scale", ".transpose(-2, -1)"))),
     Attempt("nan_to_num after masked_fill, whose gradient is clean", "attend", code=NAN_TO_NUM),
     Attempt("einsum, and -inf only where something is allowed", "attend", code=EINSUM_ATTEND),
-    Attempt("a loop over queries, the output from rounded weights", "attend", code=LOOP_ATTEND),
+    Attempt("a loop over queries", "attend", code=LOOP_ATTEND),
+    Attempt("the output from rounded weights", "attend", "attend_precision", edits=(
+        ("(weights @ value.to(wide)).to(query.dtype)", "weights.to(query.dtype) @ value"),)),
 ]
 
 OTHER_FUNCTIONS = [
@@ -514,7 +516,11 @@ LAST = [
     Attempt("bisection, then the formula", "exp_context", code=BISECTION),
     Attempt("guessed, not trained: sharing is always better", "exp_cache", "exp_cache_answer", code=(
         "losses = {(task, way): 0.1 for task in ('near', 'far') for way in ('sharing', 'forgetting')}\n"
-        "better = {'near': 'sharing', 'far': 'sharing'}\n")),
+        "better = {'near': 'sharing', 'far': 'sharing'}\nlonger, stuck = 0.1, ('far', 'forgetting')\n")),
+    Attempt("slow learning taken for something that cannot be learnt", "exp_cache", "exp_cache_answer", code=(
+        "losses = {('near', 'sharing'): 1.0, ('near', 'forgetting'): 0.01, ('far', 'sharing'): 0.31,\n"
+        "          ('far', 'forgetting'): 2.78}\n"
+        "better = {'near': 'forgetting', 'far': 'sharing'}\nlonger, stuck = 0.47, ('near', 'sharing')\n")),
 ]
 
 ATTEMPTS = ATTEND_CELL + OTHER_FUNCTIONS + LAYER + CACHE_CELLS + LAST

@@ -271,7 +271,7 @@ STABLE_RANK = '''def rank(model, prompt, answers):
 NORM_AND_BLOCK = [
     Attempt("the chapter's RMSNorm pasted", "offset_norm", "norm_weight", code=CHAPTER_NORM),
     Attempt("weight in place of 1 + weight", "offset_norm", "norm_weight", edits=(
-        ("(1 + self.weight)", "self.weight"),
+        ("(1 + self.weight.to(wide.dtype))", "self.weight"),
             ("torch.zeros", "torch.ones"))),
     Attempt("a plain tensor in place of a parameter", "offset_norm", "norm_weight", edits=(
         ("nn.Parameter(torch.zeros(d_model))", "torch.zeros(d_model)"),)),
@@ -339,9 +339,9 @@ START = [
         ("math.sqrt(2 * n_layers)", "(2 * n_layers)"),)),
     Attempt("one addition a layer counted, not two", "initialise", "init_writes", edits=(
         ("math.sqrt(2 * n_layers)", "math.sqrt(n_layers)"),)),
-    Attempt("w_down forgotten", "initialise", "init_writes", edits=(('("out_proj", "w_down")', '"out_proj"'),)),
+    Attempt("w_down forgotten", "initialise", "init_writes", edits=(('("out_proj", "w_down")', '("out_proj",)'),)),
     Attempt("names compared whole, not their ends", "initialise", "init_writes", edits=(
-        ('.endswith(("out_proj", "w_down"))', ' in ("out_proj", "w_down")'),)),
+        ('.split(".")[-1] in ("out_proj"', ' in ("out_proj"'),)),
     Attempt("the linear layer decides over a shared weight", "initialise", "init_tied", code=LINEAR_LAST_INIT),
     Attempt("new parameters: the weight is not shared any more", "initialise", "init_tied", code=UNTYING_INIT),
     Attempt("the generator not used", "initialise", "init_generator", edits=(
@@ -495,9 +495,11 @@ LAST = [
          '"cut first": next_distribution(ranked / 1.5'))),
     Attempt("one answer a layer counted", "exp_loudness", "exp_loudness_answer", edits=(
         ("1 / math.sqrt(2 * 8) - 1", "1 / math.sqrt(8) - 1"),)),
+    Attempt("twice the answers counted", "exp_loudness", "exp_loudness_answer", edits=(
+        ("1 / math.sqrt(2 * 8) - 1", "1 / math.sqrt(4 * 8) - 1"),)),
     Attempt("tried out in steps, not derived", "exp_loudness", edits=(
         ("quiet = 1 / math.sqrt(2 * 8) - 1",
-         "quiet = min((-0.70, -0.75, -0.80), key=lambda o: abs(loudness(8, offset=o) - 2**0.5))"),)),
+         "quiet = min((-0.72, -0.74, -0.76, -0.78), key=lambda o: abs(loudness(8, offset=o) - 2**0.5))"),)),
     Attempt("guessed, not measured", "exp_mistakes", "exp_mistakes_answer", code=(
         "share = {0: 0.2, 0.5: 0.2, 1.0: 0.2, 1.5: 0.2, 'top-p': 0.2}\nfaithful = 0.5\n")),
 ]
