@@ -253,7 +253,8 @@ class SGD(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay. Loshchilov and Hutter 2019, algorithm 2.
+    """Adam with decoupled weight decay, as in PyTorch: Loshchilov and Hutter 2019, algorithm 2, but for the
+    decay, which the whole learning rate multiplies and not the schedule alone.
 
     params: parameters, or groups of them with options of their own; lr: step size;
     betas: how slowly the means of gradients and of their squares forget; weight_decay: share of

@@ -142,6 +142,10 @@ def load_run(path, model, optimizer, generator):
     state = {int(k): {n: tensors[f"o.{k}.{n}"] if x == "tensor" else x[0] for n, x in entry.items()}
              for k, entry in plain.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    numbers = [number for group in groups for number in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, weights, strict=True):
+        optimizer.state[p].update(state.get(number, {}))
     generator.set_state(tensors["rng.0"])
     torch.random.set_rng_state(tensors["rng.1"])
     return step
@@ -301,6 +305,8 @@ ATTEMPTS = [
             edits=(("                numbers.append([index, name, value])", "                pass"),)),
     Attempt("the optimizer left out", "load_run", "resume_exact",
             edits=(('    optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})\n', ""),)),
+    Attempt("the state as load_state_dict leaves it, in the weights' type", "load_run", "resume_exact",
+            edits=(("optimizer.state[p][key] = value.to(", "value.to("),)),
     Attempt("the groups left out", "load_run", "resume_exact",
             edits=(('"param_groups": record["groups"]', '"param_groups": optimizer.state_dict()["param_groups"]'),
                    )),
@@ -362,6 +368,8 @@ ATTEMPTS = [
     Attempt("clips each number", "train", "train_clips",
             edits=(("clip_grad_norm_(model.parameters(), max_norm)",
                     "clip_grad_value_(model.parameters(), max_norm)"),)),
+    Attempt("puts the model into training mode", "train", "train_accumulates",
+            edits=(("    losses = []\n", "    losses = []\n    model.train()\n"),)),
     Attempt("sets the rate after the step", "train", "train_rates",
             edits=(("        optimizer.step()\n", ""),
                    ('        for group in optimizer.param_groups:\n            group["lr"] = rate_of(step)\n',
@@ -381,6 +389,11 @@ ATTEMPTS = [
                     "        if not counted:\n            skipped = locals().get(\"skipped\", 0) + 1\n            "
                     "continue\n"),
                    ("= rate_of(step)", "= rate_of(step - locals().get(\"skipped\", 0))"))),
+    Attempt("right: leaves out what does not count, but sets the rate", "train",
+            edits=(("            total.backward()\n", "            if count:\n                total.backward()\n"),
+                   ("        if not counted:\n",
+                    "        for group in optimizer.param_groups:\n            group[\"lr\"] = rate_of(step)\n"
+                    "        if not counted:\n"))),
     Attempt("right: gradients added up by hand", "train", code=WEIGHTED_TRAIN),
     # exercise 6
     Attempt("the plateau, judged by eye from the first steps", "answer_decay", "plateau_measured",

@@ -127,7 +127,7 @@ def add_lora(model, names, rank, alpha, dropout=0.0):
     def visit(module, prefix):
         for name, child in list(module.named_children()):
             if any(child is m for _, m in wanted):
-                module._modules[name] = LoRA(child, rank, alpha, dropout)
+                module._modules[name] = LoRA(child, rank, alpha, dropout).train(child.training)
             else:
                 visit(child, prefix + name + ".")
 
@@ -143,7 +143,8 @@ def merge_lora(model):
     for name, module in found:
         parent = model.get_submodule(name.rpartition(".")[0])
         change = torch.einsum("nr,rm->mn", module.down.data, module.up.data) * module.alpha_over_root
-        module.base.weight.data = (module.base.weight.data.float() + change).to(module.base.weight.dtype)
+        weight = module.base.weight.data.float() + change
+        module.base.weight = nn.Parameter(weight.to(module.base.weight.dtype))
         setattr(parent, name.rpartition(".")[2], module.base)
     for p in model.parameters():
         p.requires_grad_()
@@ -323,6 +324,12 @@ ATTEMPTS = [
             edits=(("    model.requires_grad_(False)\n", ""),)),
     Attempt("all is frozen, LoRA too", "add_lora", "lora_added",
             edits=(("    return list(found)", "    model.requires_grad_(False)\n    return list(found)"),)),
+    Attempt("in training mode, whatever the layer is in", "add_lora", "lora_added",
+            edits=((".train(module.training)", ""),)),
+    Attempt("the mode of LoRA itself, not of its dropout", "add_lora", "lora_added",
+            edits=(("        model.set_submodule(name, LoRA(module, rank, alpha, dropout).train(module.training))\n",
+                    "        layer = LoRA(module, rank, alpha, dropout)\n        layer.training = module.training\n"
+                    "        model.set_submodule(name, layer)\n"),)),
     Attempt("names that end alike", "add_lora", "lora_added",
             edits=(('name.split(".")[-1] in names}', 'name.endswith(tuple(names))}'),)),
     Attempt("only children of the model itself", "add_lora", "lora_added",
@@ -347,6 +354,8 @@ ATTEMPTS = [
                    )),
     Attempt("taken off instead of added", "merge_lora", "lora_merged",
             edits=((".float() + change", ".float() - change"),)),
+    Attempt("merged in place, into the embedding too", "merge_lora", "lora_merged",
+            edits=(("layer.base.weight = nn.Parameter(merged)", "layer.base.weight.data.copy_(merged)"),)),
     Attempt("merged, and LoRA left in place", "merge_lora", "lora_merged",
             edits=(("        model.set_submodule(name, layer.base)\n", ""),)),
     Attempt("merged weights stay frozen", "merge_lora", "lora_merged",
