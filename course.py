@@ -159,10 +159,11 @@ def parse(argv):
     command.add_argument("--rounds", type=int, default=5, help="timed runs of each contender; medians are shown")
     command.add_argument("--quick", action="store_true", help="small sizes and one round: does it run at all?")
     arguments = parser.parse_args(argv)
-    for given, table in (("notebooks", NOTEBOOKS), ("names", dict(BENCHES, all="")), ("chapters", CHAPTERS)):
+    for given, what, table in (("notebooks", "notebook", NOTEBOOKS), ("names", "bench", dict(BENCHES, all="")),
+                               ("chapters", "chapter", CHAPTERS)):
         for name in getattr(arguments, given, []):
             if name not in table:
-                parser.error("there is no notebook, bench or chapter %r; there are %s" % (name, ", ".join(table)))
+                parser.error("there is no %s %r; there are %s" % (what, name, ", ".join(table)))
     if getattr(arguments, "rounds", 1) < 1:
         parser.error("--rounds is %d; it must be at least 1" % arguments.rounds)
     return arguments

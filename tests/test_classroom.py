@@ -258,7 +258,8 @@ def spies(source: Path, folder: Path, out: Path, port: int) -> dict[str, hostile
         "reads-secrets": spy(["COURSE_SECRET", "PYTEST_CURRENT_TEST"], "import os; os.environ[place]"),
         "reaches-out": spy([f"127.0.0.1 {port}", "10.0.0.1 80", "1.1.1.1 53", "example.org 443"],
                            "import socket; h, p = place.split(); socket.create_connection((h, int(p)), 1)"),
-        "writes-outside": spy([f"{one}/written" for one in places], "open(place, 'w').write('x')"),
+        "writes-outside": spy([f"{one}/written" for one in places if one != ROOT or ROOT.parts[1] != "tmp"],
+                              "open(place, 'w').write('x')"),  # a folder below /tmp is inside the sandbox's own /tmp
         "changes-the-course": spy(["/course/ch03_attention/attention.py", "/course/utils/plots.py",
                                    sys.executable], "open(place, 'a').write('x')"),
     }
@@ -341,6 +342,7 @@ def test_a_hostile_notebook_gets_the_points_it_earned_and_a_remark(graded, name)
     row, attack = rows(out)[name], attacks[name]
     assert (float(row["automatic"]), row["out of"]) == (attack.points, "100"), row["remarks"]
     assert attack.remark in row["remarks"] and attack.says in page(out, name)
+    assert not (ROOT / "written").exists() and not (out / "written").exists()
 
 
 @needs_sandbox

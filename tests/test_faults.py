@@ -133,7 +133,7 @@ def test_unknown_package_names_the_known_ones():
 def test_wrong_chapter_and_wrong_command(clean_environment):
     result = course("run", "ch9", env=clean_environment)
     assert result.returncode == 2
-    assert "there is no notebook or bench 'ch9'" in result.stderr and "ch01, ch02" in result.stderr
+    assert "there is no notebook 'ch9'" in result.stderr and "ch01, ch02" in result.stderr
     assert course("fly", env=clean_environment).returncode == 2
 
 

@@ -73,7 +73,7 @@ def test_help_and_readme_know_every_command():
     shown = subprocess.run([sys.executable, "course.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in ("run", "test", "lab", "chat", "serve", "export", "assignments", "links"):
-        assert re.search(rf"^ +{command} ", shown, re.M) and f"course.py {command}" in readme
+        assert re.search(rf"^ +{command}\b", shown, re.M) and f"course.py {command}" in readme
 
 
 # ---------------------------------------------------------------- JupyterLab
