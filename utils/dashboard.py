@@ -105,7 +105,7 @@ class Dashboard:
         if self._widget is not None:
             data, metadata = {"text/plain": f"{self.title}: stopped before its first point."}, {}
             if self.series:
-                data, metadata = bundle(self.draw(), self.describe())
+                data, metadata = bundle(self.draw(), self.describe(), vector=True)
             self._handle.update(data, metadata=metadata, raw=True)
             self._widget.layout.close()
             self._widget.close()

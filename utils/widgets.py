@@ -90,7 +90,7 @@ def explore(render: Callable[..., str], controls: Sequence[Control], *, picture:
 
 def show_widget(widget: anywidget.AnyWidget, still: Figure, alt: str) -> None:
     """Display a widget here, and for viewers without a kernel the figure ``still`` with its ``alt``."""
-    data, metadata = bundle(still, alt)
+    data, metadata = bundle(still, alt, vector=True)
     if in_notebook():
         from IPython.display import display
         view, view_metadata = widget._repr_mimebundle_()  # the metadata tell Colab who draws the widget
