@@ -9,6 +9,7 @@
     python3 course.py serve            the same model for your programs, at an OpenAI-compatible address
     python3 course.py export [--check] write each chapter's module from its notebook
     python3 course.py assignments      homework: release it to students, grade it, write feedback
+    python3 course.py book             a web site, a PDF and an EPUB, from the notebooks as they stand
     python3 course.py links OWNER/REPO badges and launch links of a fork
 
 It uses the virtual environment that is active, or makes one in .venv, and installs what
@@ -90,10 +91,18 @@ ASSIGNMENTS = {
     "ch05-assignment": ("ch05_pretrain/assignment.ipynb", "homework: loss, optimizer, resume", 20),
     "ch06-assignment": ("ch06_finetune/assignment.ipynb", "homework: fine-tuning", 20),
 }
-NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES, **ASSIGNMENTS)
+# the exercises of a chapter and its deep dives, worked out
+SOLUTIONS = {
+    "ch01-solutions": ("ch01_data/solutions.ipynb", "the exercises of chapter 1, worked out", 80),
+    "ch02-solutions": ("ch02_tokenizer/solutions.ipynb", "the exercises of chapter 2, worked out", 60),
+    "ch03-solutions": ("ch03_attention/solutions.ipynb", "the exercises of chapter 3, worked out", 80),
+}
+NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES, **SOLUTIONS, **ASSIGNMENTS)
 
 MODELS = "smollm2, storyteller (once chapter 6 has run), or the folder of another"
 ADAPTERS = "LoRA for that model: tasks (the course's own, for smollm2), one that chapter 6 has saved, or its folder"
+
+BOOK_FORMS = ("html", "pdf", "epub")
 
 # what is measured, and the module that says how
 BENCHES = {"tokenizer": "tests.bench_tokenizer", "model": "tests.bench_model", "finetune": "tests.bench_finetune"}
@@ -103,13 +112,13 @@ def main(argv):
     arguments = parse(argv)
     if arguments.command in ("export", "links"):  # these need nothing installed
         return {"export": export, "links": links}[arguments.command](arguments)
-    more = arguments.command in ("test", "bench", "assignments")
+    more = arguments.command in ("test", "bench", "assignments", "book")
     requirements = [REQUIREMENTS] + ([TEST_REQUIREMENTS] if more else [])
     python = ready_environment(requirements)
     if not same_environment(python):
         return hand_over(python, argv)
     commands = {"run": run, "test": test, "lab": lab, "chat": chat, "serve": serve, "bench": bench,
-                "assignments": assignments}
+                "assignments": assignments, "book": book}
     return commands[arguments.command](arguments)
 
 
@@ -148,6 +157,9 @@ def parse(argv):
     command = commands.add_parser("export", help="write each chapter's module from its notebook")
     command.add_argument("--check", action="store_true", help="only say what differs; exit code 1 if anything does")
     parse_assignments(commands.add_parser("assignments", help="homework: release, grade, feedback, check"))
+    command = commands.add_parser("book", help="the course as a web site, a PDF and an EPUB")
+    command.add_argument("forms", nargs="*", metavar="FORM", help="one or more of html, pdf, epub; all if not given")
+    command.add_argument("--out", type=Path, default=None, metavar="DIR", help="where to (workspace/book)")
     command = commands.add_parser("links", help="write the badges and launch links of a fork into every notebook")
     command.add_argument("repository", nargs="?", metavar="OWNER/REPO",
                          help="the fork on GitHub; without it, the one that pyproject.toml names")
@@ -160,7 +172,7 @@ def parse(argv):
     command.add_argument("--quick", action="store_true", help="small sizes and one round: does it run at all?")
     arguments = parser.parse_args(argv)
     for given, what, table in (("notebooks", "notebook", NOTEBOOKS), ("names", "bench", dict(BENCHES, all="")),
-                               ("chapters", "chapter", CHAPTERS)):
+                               ("chapters", "chapter", CHAPTERS), ("forms", "form of the book", BOOK_FORMS)):
         for name in getattr(arguments, given, []):
             if name not in table:
                 parser.error("there is no %s %r; there are %s" % (what, name, ", ".join(table)))
@@ -487,6 +499,37 @@ def assignments(arguments):
     else:
         classroom.feedback(arguments.folder)
     return 0
+
+
+def book(arguments):
+    from utils.book import BookError, make_book
+    from utils.workspace import short_path, workspace
+
+    out = arguments.out or workspace("book")
+    try:
+        made = make_book(ROOT, out, arguments.forms or list(BOOK_FORMS), cover_picture)
+    except BookError as error:
+        fail(str(error))
+    for form in made:
+        print("%s" % short_path(form.path / "index.html" if form.form == "html" else form.path))
+    return 0
+
+
+def cover_picture():
+    """What the book's cover shows: where the committed storyteller looks while it reads a sentence."""
+    import torch
+
+    from ch02_tokenizer.tokenizer import BPETokenizer
+    from ch04_gpt.gpt import GPT
+    from ch04_gpt.inside import look_inside
+    from utils.book.cover import Cover
+
+    folder = ROOT / "ch05_pretrain" / "storyteller"
+    model, tokenizer = GPT.from_pretrained(folder).eval(), BPETokenizer.load(folder / "tokenizer.json")
+    token_ids = tokenizer.encode("Far out in the ocean, where the water is as blue as the prettiest cornflower")
+    with torch.no_grad():
+        weights = look_inside(model, torch.tensor([token_ids])).weights
+    return Cover(weights.numpy(), tuple(tokenizer.decode([number]) for number in token_ids))
 
 
 def links(arguments):

@@ -19,7 +19,8 @@ NOTEBOOKS = chapter_notebooks()
 CHAPTERS = ["ch01_data", "ch02_tokenizer", "ch03_attention", "ch04_gpt", "ch05_pretrain", "ch06_finetune"]
 MAIN = [ROOT / folder / f"{folder.split('_')[1]}.ipynb" for folder in CHAPTERS]
 ASSIGNMENTS = [path for path in NOTEBOOKS if path.name == "assignment.ipynb"]
-DEEP_DIVES = [path for path in NOTEBOOKS if path not in MAIN + ASSIGNMENTS]
+SOLUTIONS = [path for path in NOTEBOOKS if path.name == "solutions.ipynb"]
+DEEP_DIVES = [path for path in NOTEBOOKS if path not in MAIN + ASSIGNMENTS + SOLUTIONS]
 
 
 def name_of(path):
@@ -87,7 +88,7 @@ def test_is_executed_without_errors_or_warnings(path):
 @by_name
 def test_outputs_name_no_machine(path):
     text = json.dumps(outputs(path))
-    text = re.sub(r'"image/png": "[^"]*"', "", text)
+    text = re.sub(r'"(?:image/png|application/[^"]+)": "[^"]*"', "", text)
     for pattern in (r"/home/", r"/root/", r"/tmp/", r"/work/", r"site-packages", r"[A-Z]:\\\\\\\\Users", str(ROOT)):
         assert not re.search(pattern, text), pattern
 
@@ -134,6 +135,17 @@ def test_has_the_parts_of_a_deep_dive(path):
         assert part in text
     assert text.count("Before you run the next cell") >= 2
     assert len(re.findall(r"\*\*Exercise [A-Z]", text)) >= 2
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=name_of)
+def test_every_exercise_has_its_solution(path):
+    """In the order of the notebooks, under the title of each."""
+    wanted = []
+    for notebook in sorted(p for p in NOTEBOOKS if p.parent == path.parent and p in MAIN + DEEP_DIVES):
+        wanted += [(notebook.stem, number) for number in re.findall(r"^\*\*(Exercise [\w.]*\w)", prose(notebook), re.M)]
+    solved = re.findall(r"^### (Exercise [\w.]*\w)", prose(path), re.M)
+    assert sorted(solved) == sorted(number for _, number in wanted)
+    assert prose(path).startswith(f"# Solutions: chapter {int(path.parent.name[2:4])}")
 
 
 @by_name

@@ -40,7 +40,7 @@ class Assignment:
     title: str
     minutes: int | None
     forbidden: list[str]
-    exercises: list[Exercise] = field(default_factory=list)
+    exercises: list[GradedExercise] = field(default_factory=list)
 
     @property
     def cells(self) -> list:
@@ -54,7 +54,7 @@ class Assignment:
 
 
 @dataclass
-class Exercise:
+class GradedExercise:
     """A section of an assignment: its heading, and the graded cells in it with their points."""
 
     title: str
@@ -111,17 +111,17 @@ def read_assignment(path: Path) -> Assignment:
     return assignment
 
 
-def _exercises(cells: list) -> list[Exercise]:
+def _exercises(cells: list) -> list[GradedExercise]:
     """The sections that begin with ``## Exercise``, with what is graded in them."""
-    found: list[Exercise] = []
+    found: list[GradedExercise] = []
     for cell in cells:
         heading = EXERCISE.search(cell.source) if cell.cell_type == "markdown" and kind(cell) == "text" else None
         if heading:
             minutes = re.search(r"(\d+) minutes", heading[1])
             title = re.sub(r"\s*\([^)]*\)\s*$", "", heading[1]).strip()
-            found.append(Exercise(title, minutes[1] if minutes else ""))
+            found.append(GradedExercise(title, minutes[1] if minutes else ""))
         if kind(cell) in ("test", "question", "solution") and not found:
-            found.append(Exercise("Exercise 1"))
+            found.append(GradedExercise("Exercise 1"))
         points = grading(cell).get("points", 0)
         if kind(cell) == "test":
             found[-1].tests[grade_id(cell)] = _number(points)
