@@ -5,8 +5,8 @@ import pytest
 
 from utils.borrow import borrow
 
-CELLS = ["import math\nBASE = 10", "def scaled(x):\n    return x * BASE", "class Ring:\n    radius = math.floor(scaled(2))",
-         "def scaled(x):\n    return 'a second one'"]
+CELLS = ["import math\nBASE = 10", "def scaled(x):\n    return x * BASE",
+         "class Ring:\n    radius = math.floor(scaled(2))", "def scaled(x):\n    return 'a second one'"]
 
 
 @pytest.fixture
