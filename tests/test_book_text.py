@@ -11,8 +11,9 @@ from nbformat import v4
 
 from utils.book import citations, read_book
 from utils.book.blocks import Callout, Code, Equation, Exercise, Figure, Heading, Output, Prose
-from utils.book.figures import VECTOR, picture
+from utils.book.figures import picture
 from utils.book.links import PROTECTED, glossary_terms
+from utils.plots import VECTOR
 from utils.workspace import ROOT
 
 NOTEBOOKS = sorted(path for path in ROOT.glob("ch0*/*.ipynb") if path.name != "assignment.ipynb")

@@ -19,6 +19,7 @@ from utils import dashboard, widgets
 from utils.attention_viewer import MAX_CHARACTERS, MAX_TOKENS, AttentionViewer, draw_heads
 from utils.dashboard import MAX_POINTS, Dashboard, TrainingView
 from utils.notebooks import Job, run_notebooks
+from utils.plots import VECTOR
 from utils.progress import progress
 from utils.widgets import Choice, Explorer, Slider, Text
 
@@ -80,7 +81,7 @@ explore(format, [Slider("n", "N", 0, 9, 1, 3)], picture=draw, alt="An empty figu
 """)
     run_notebooks([Job(path, "a test", 5)], save=True)
     (output,) = nbformat.read(path, as_version=4).cells[1].outputs
-    assert sorted(output.data) == ["image/png", "text/plain"]
+    assert sorted(output.data) == [VECTOR, "image/png", "text/plain"]
     assert output.metadata["image/png"]["alt"] == "An empty figure for n = 3."
 
 
@@ -206,7 +207,7 @@ def test_colab_is_told_who_draws_the_widget(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda data, metadata, raw: shown.append((data, metadata)))
     widgets.show_widget(viewer, draw_heads(*attention("dog bites man"), HEADS), "Two maps.")
     ((data, metadata),) = shown
-    assert sorted(data) == ["application/vnd.jupyter.widget-view+json", "image/png", "text/plain"]
+    assert sorted(data) == [VECTOR, widgets.WIDGET, "image/png", "text/plain"]
     assert metadata["image/png"]["alt"] == "Two maps." and metadata[widgets.WIDGET] == colab[widgets.WIDGET]
 
 
@@ -423,7 +424,7 @@ def test_what_is_saved_is_a_picture_without_times_whatever_ended_the_run(tmp_pat
     slow, fast, stopped, failed, early, (alive,) = [cell.outputs for cell in saved.cells[2:]]
     assert slow == fast  # to the pixel
     for outputs, words in [(slow, "20 steps"), (stopped, "stopped at step 7 of 20"), (failed, "step 7 of 20")]:
-        assert sorted(outputs[0].data) == ["image/png", "text/plain"]
+        assert sorted(outputs[0].data) == [VECTOR, "image/png", "text/plain"]
         assert words in outputs[0].metadata["image/png"]["alt"] and "loss from 5 to" in outputs[0].data["text/plain"]
         assert outputs[1].name == "stdout" and "Once upon a time" in outputs[1].text
     assert stopped[1].text.endswith("KeyboardInterrupt\n") and failed[1].text.endswith("FloatingPointError\n")

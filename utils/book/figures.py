@@ -6,7 +6,8 @@ import base64
 import gzip
 import re
 
-VECTOR = "application/vnd.bytes-to-chat.svg+gzip"  # utils.plots writes it
+from ..plots import VECTOR
+
 IDENTIFIER = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
 
 
