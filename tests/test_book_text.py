@@ -286,6 +286,12 @@ def test_identifiers_of_pictures_differ():
     assert ids[0] and not ids[0] & ids[1]
 
 
+def test_no_identifier_of_a_picture_comes_twice(book):
+    for figure in (figure for page in book.pages for figure in kinds(page, Figure)):
+        ids = re.findall(r'\bid="([^"]+)"', figure.svg)
+        assert len(ids) == len(set(ids)), figure.label
+
+
 def test_the_path_of_the_book_is_the_readmes(book):
     order = re.findall(r"\((ch\d\d_\w+/\w+)\.ipynb\)", Path(ROOT, "README.md").read_text(encoding="utf-8"))
     chapters = [str(page.path) for page in book.pages if page.kind in ("chapter", "dive")]

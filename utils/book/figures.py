@@ -22,5 +22,16 @@ def picture(output, name: str) -> tuple[str, bytes, str, int]:
     if VECTOR in output.data:
         svg = gzip.decompress(base64.b64decode(output.data[VECTOR])).decode()
         svg = IDENTIFIER.sub(lambda match: f"{match[1]}{name}-{match[2]}", svg[svg.index("<svg"):])
+        svg = _once(svg)
     alt = metadata.get("alt") or output.data.get("text/plain", "").removeprefix("Figure: ")
     return svg, png, alt, int(metadata.get("width", 660))
+
+
+def _once(svg: str) -> str:
+    """Equal parts of a picture have equal identifiers; all but the first of each get a number."""
+    counts: dict[str, int] = {}
+
+    def numbered(match: re.Match) -> str:
+        counts[match[1]] = counts.get(match[1], 0) + 1
+        return match[0] if counts[match[1]] == 1 else f'{match[0][:-1]}-{counts[match[1]]}"'
+    return re.sub(r'\bid="([^"]+)"', numbered, svg)
