@@ -96,6 +96,9 @@ SOLUTIONS = {
     "ch01-solutions": ("ch01_data/solutions.ipynb", "the exercises of chapter 1, worked out", 80),
     "ch02-solutions": ("ch02_tokenizer/solutions.ipynb", "the exercises of chapter 2, worked out", 60),
     "ch03-solutions": ("ch03_attention/solutions.ipynb", "the exercises of chapter 3, worked out", 80),
+    "ch04-solutions": ("ch04_gpt/solutions.ipynb", "the exercises of chapter 4, worked out", 90),
+    "ch05-solutions": ("ch05_pretrain/solutions.ipynb", "the exercises of chapter 5, worked out", 100),
+    "ch06-solutions": ("ch06_finetune/solutions.ipynb", "the exercises of chapter 6, worked out", 130),
 }
 NOTEBOOKS = dict(CHAPTERS, **DEEP_DIVES, **SOLUTIONS, **ASSIGNMENTS)
 
@@ -105,7 +108,8 @@ ADAPTERS = "LoRA for that model: tasks (the course's own, for smollm2), one that
 BOOK_FORMS = ("html", "pdf", "epub")
 
 # what is measured, and the module that says how
-BENCHES = {"tokenizer": "tests.bench_tokenizer", "model": "tests.bench_model", "finetune": "tests.bench_finetune"}
+BENCHES = {name: "tests.bench_" + name
+           for name in ("limits", "tokenizer", "data", "model", "train", "finetune", "generate")}
 
 
 def main(argv):
@@ -170,7 +174,11 @@ def parse(argv):
     command.add_argument("names", nargs="*", metavar="NAME", help="one or more of %s; or all" % ", ".join(BENCHES))
     command.add_argument("--rounds", type=int, default=5, help="timed runs of each contender; medians are shown")
     command.add_argument("--quick", action="store_true", help="small sizes and one round: does it run at all?")
+    command.add_argument("--save", action="store_true",
+                         help="write the last figures of all into docs/measurements.md and README (for maintainers)")
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "quick", False) and arguments.save:
+        parser.error("--save writes figures that people rely on; those of --quick are none")
     for given, what, table in (("notebooks", "notebook", NOTEBOOKS), ("names", "bench", dict(BENCHES, all="")),
                                ("chapters", "chapter", CHAPTERS), ("forms", "form of the book", BOOK_FORMS)):
         for name in getattr(arguments, given, []):
@@ -463,13 +471,17 @@ def serve(arguments):
 def bench(arguments):
     import importlib
 
-    from utils.bench import compare
+    from utils.bench_report import compare, save_measurements
 
     check_modules()
     names = list(BENCHES) if not arguments.names or "all" in arguments.names else arguments.names
+    if "limits" not in names and not arguments.quick:  # the machine itself is measured in the same run
+        names = ["limits"] + names
     for name in names:
         rows = importlib.import_module(BENCHES[name]).rows(arguments.quick)
         compare(rows, 1 if arguments.quick else arguments.rounds, name, "quick" if arguments.quick else "full")
+    if arguments.save:
+        print("Written to " + " and ".join(save_measurements(list(BENCHES))))
     return 0
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "repeated_ngrams",
     "repeated_parts",
     "WORD",
+    "ASCII_WORDS",
     "words_of",
     "stop_words",
     "Rule",
@@ -59,6 +60,7 @@ __all__ = [
     "ODD",
     "mix_bits",
     "WordNumbers",
+    "NUMBER_OF",
     "shuffles",
     "hash_shingles",
     "text_blocks",
@@ -486,11 +488,16 @@ def repeated_parts(parts: list[str]) -> tuple[float, float]:
 
 
 WORD = re.compile(r"\w+")
+ASCII_WORDS = bytes(ord(letter.lower()) if WORD.match(letter) else 32 for letter in map(chr, range(128))) + bytes(128)
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text in small letters, without punctuation; without a word, its pieces between spaces."""
-    return WORD.findall(text.lower()) or text.split()
+    if text.isascii():  # the same by a table of bytes, four times as fast
+        words = text.encode().translate(ASCII_WORDS).decode().split()
+    else:
+        words = WORD.findall(text.lower())
+    return words or text.split()
 
 
 def stop_words(parts: TextParts) -> int:
@@ -619,9 +626,14 @@ class WordNumbers(dict):
     """A 64-bit number for every word that is asked for, from BLAKE2b: the same in every run and place."""
 
     def __missing__(self, word: str) -> int:
+        if len(self) >= 1 << 18:  # begin anew, so that a stream of texts does not fill the memory
+            self.clear()
         digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         self[word] = number = int.from_bytes(digest, "little") if word else 0
         return number
+
+
+NUMBER_OF = WordNumbers()
 
 
 def shuffles(n_perm: int) -> tuple[np.ndarray, np.ndarray]:
@@ -636,11 +648,11 @@ def hash_shingles(texts: Sequence[str], shingle: int = 5) -> tuple[np.ndarray, n
     numbers (n_shingles,) uint64, a repeated shingle as often as it occurs; starts (n_texts + 1,): text i has
     numbers[starts[i]:starts[i + 1]]. A text of fewer words is filled up with empty ones: it has one shingle.
     """
-    number_of, words, lengths = WordNumbers(), array("Q"), []
+    words, lengths = array("Q"), []
     for text in texts:
         found = words_of(text)
         found += [""] * (shingle - len(found))
-        words.extend(map(number_of.__getitem__, found))
+        words.extend(map(NUMBER_OF.__getitem__, found))
         lengths.append(len(found))
     words, ends = np.array(words, dtype=np.uint64), np.cumsum([0, *lengths])
     n = max(len(words) - shingle + 1, 0)  # windows, also those across two texts

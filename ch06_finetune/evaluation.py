@@ -275,7 +275,7 @@ def model_judge(model: GPT, tokenizer: BPETokenizer) -> Callable[[str, str, str]
 
 def server_judge(address: str, model: str = "smollm2-135m", key: str | None = None,
                  timeout: float = 60.0) -> Callable[[str, str, str], float]:
-    """A judge behind an OpenAI-compatible address, such as the one that ``python course.py serve`` prints.
+    """A judge behind an OpenAI-compatible address, such as the one that ``python3 course.py serve`` prints.
 
     The verdict is 1 if the reply names A, 0 if it names B. ``ConnectionError`` if nothing answers there,
     ``ValueError`` if the server refuses, or replies with neither letter or both.
@@ -285,8 +285,8 @@ def server_judge(address: str, model: str = "smollm2-135m", key: str | None = No
     def judge(question: str, a: str, b: str) -> float:
         text = JUDGE_PROMPT.format(question=question, a=a, b=b)
         body = {"model": model, "temperature": 0, "max_tokens": 8, "messages": [{"role": "user", "content": text}]}
-        request = urllib.request.Request(f"{address.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(),
-                                         headers)
+        place = f"{address.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+        request = urllib.request.Request(place, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 reply = json.load(response)["choices"][0]["message"]["content"]
@@ -294,7 +294,7 @@ def server_judge(address: str, model: str = "smollm2-135m", key: str | None = No
             raise ValueError(f"{address} refused with status {error.code}: {error.read().decode()[:300]}") from error
         except OSError as error:
             raise ConnectionError(f"Nothing answers at {address} ({error}). Start a server, for instance with "
-                                  "python course.py serve, and give the address that it prints.") from error
+                                  "python3 course.py serve, and give the address that it prints.") from error
         letters = set(re.findall(r"\b[AB]\b", reply))
         if len(letters) != 1:
             raise ValueError(f"The judge replied {reply!r}, which names {len(letters)} of the letters A and B; it must "

@@ -38,7 +38,6 @@ __all__ = [
     "PROMPTED",
     "tasks_checksum",
     "record_tuning",
-    "parser",
 ]
 
 import json
@@ -557,6 +556,6 @@ def record_tuning(settings: TuneSettings, dtype: torch.dtype = torch.bfloat16, f
 if __name__ == "__main__" and __spec__ is not None:  # not in a notebook, whose name is __main__ too
     import argparse
 
-    parser = argparse.ArgumentParser(description="Tune SmolLM2 on the course's tasks; writes adapter and record.")
-    parser.add_argument("--steps", type=int, default=TuneSettings.steps, help="of 512 tokens (default %(default)s)")
-    record_tuning(TuneSettings(steps=parser.parse_args().steps))
+    _parser = argparse.ArgumentParser(description="Tune SmolLM2 on the course's tasks; writes adapter and record.")
+    _parser.add_argument("--steps", type=int, default=TuneSettings.steps, help="of 512 tokens (default %(default)s)")
+    record_tuning(TuneSettings(steps=_parser.parse_args().steps))

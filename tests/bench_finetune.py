@@ -4,17 +4,15 @@ The peer is ``peft`` on ``transformers``, called as its documentation does: labe
 """
 
 import torch
-from transformers import LlamaForCausalLM
-from transformers.utils import logging
 
 from ch04_gpt.gpt import GPT, PRESETS
 from ch06_finetune.finetune import add_lora, answer_loss
-from utils.bench import COURSE, MACHINE, Row
-from utils.workspace import workspace
+from tests.bench_limits import limit
+from tests.bench_peers import smollm2, transformers_smollm2
+from utils.bench import COURSE, Aim, Row
 
 BATCH, ANSWER, RANK, ALPHA = 4, 32, 8, 16
 PEFT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-logging.disable_progress_bar()
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -23,9 +21,9 @@ def rows(quick: bool = False) -> list[Row]:
     tokens = steps * BATCH * length
     return [Row(f"LoRA step on SmolLM2, {BATCH} x {length} tokens, {ANSWER} of each count, rank {RANK} on all "
                 "matrices, float32", __name__,
-                {COURSE: "lora_ours", "peft + transformers": "lora_peft",
-                 f"{MACHINE}, matrix products alone": "multiply"},
-                (steps, length), tokens, "tokens", aim=1.3)]
+                {COURSE: "lora_ours", "peft + transformers": "lora_peft"}, (steps, length), tokens, "tokens",
+                [Aim("times", 1.3)],
+                {"matrix products alone, float32": limit("multiply_float32", least_flops(steps, length))})]
 
 
 def batch(vocab_size: int, length: int):
@@ -52,7 +50,7 @@ def train(model, loss_of, steps):
 def lora_ours(argument):
     """The course's GPT with its own LoRA."""
     steps, length = argument
-    model = GPT.from_pretrained("smollm2-135m")
+    model = smollm2()
     add_lora(model, RANK, ALPHA)
     ids, mask = batch(model.config.vocab_size, length)
     return train(model, lambda: answer_loss(model, ids, mask), steps)
@@ -63,10 +61,7 @@ def lora_peft(argument):
     from peft import LoraConfig, get_peft_model  # only where it is needed: it takes seconds to import
 
     steps, length = argument
-    folder = workspace("bench") / "smollm2-135m"
-    if not (folder / "config.json").exists():
-        GPT.from_pretrained("smollm2-135m").save_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers_smollm2()
     ids, mask = batch(model.config.vocab_size, length)
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=PEFT_TARGETS, lora_dropout=0.0,
                                              task_type="CAUSAL_LM"))
@@ -75,17 +70,9 @@ def lora_peft(argument):
                                       use_cache=False).loss, steps)
 
 
-def multiply(argument):
-    """The multiplications that a step cannot do without, in square products: forward, and back to the states."""
-    steps, length = argument
+def least_flops(steps: int, length: int) -> float:
+    """The multiplications that a step cannot do without: forward, and back to the states."""
     with torch.device("meta"):
         model = GPT(PRESETS["smollm2-135m"])
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    flops = steps * BATCH * 4 * (blocks * length + model.lm_head.weight.numel() * ANSWER)
-    side = 1024
-    left, right = torch.randn(2, side, side)
-
-    def run():
-        for _ in range(round(flops / (2 * side**3))):
-            torch.mm(left, right)
-    return run
+    return steps * BATCH * 4 * (blocks * length + model.lm_head.weight.numel() * ANSWER)

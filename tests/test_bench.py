@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import course
-from utils.bench import COURSE, Row, measure
+from utils.bench import COURSE, Aim, Growth, Contender, Measurement, Row, exponent, measure, reached, shares, times_as_fast
 
 
 @pytest.mark.parametrize("name", course.BENCHES)
@@ -24,10 +24,15 @@ def test_every_row_runs_small(name, tmp_path, monkeypatch):
     assert document["machine"]["cores"] >= 1 and document["sizes"] == "quick"
     for row in document["rows"]:
         assert row["work"] in result.stdout
-        assert COURSE in row["contenders"] and len(row["contenders"]) > 1
-        for timing in row["contenders"].values():
+        timings = list(row.get("contenders", {}).values()) + [
+            point for curve in row.get("growth", {}).values() for point in curve["points"]]
+        assert len(timings) > (name != "limits")
+        for timing in timings:
             assert len(timing["wall_seconds"]) == document["rounds"] == 1
             assert timing["wall_seconds"][0] > 0 and timing["peak_memory_bytes"] > 1e7
+        if name != "limits" and "contenders" in row:
+            assert any(peer.startswith(COURSE) for peer in row["contenders"])
+            assert row["share_of_the_machine"], f"{row['work']}: no limit of the machine"
     assert (tmp_path / "bench" / f"{name}.png").stat().st_size > 5000
 
 
@@ -61,8 +66,22 @@ def breaker(message):
     return run
 
 
+def failing_check(_):
+    def run():
+        pass
+
+    def check():
+        raise ValueError("not done")
+    run.check = check
+    return run
+
+
+def job(function, argument):
+    return Contender("tests.test_bench", function, argument)
+
+
 def test_wall_and_cpu_time_are_told_apart_and_warm_up_is_left_out():
-    measured = measure(Row("wait", "tests.test_bench", {"sleeps": "sleeper", "spins": "spinner"}, 0.2, 1, "MB"), 2)
+    measured = measure({"sleeps": job("sleeper", 0.2), "spins": job("spinner", 0.2)}, 2)
     assert len(measured["sleeps"].wall) == 2
     assert min(measured["sleeps"].wall) >= 0.2 and max(measured["sleeps"].cpu) < 0.1
     assert min(measured["spins"].cpu) >= 0.2
@@ -70,12 +89,46 @@ def test_wall_and_cpu_time_are_told_apart_and_warm_up_is_left_out():
 
 def test_memory_is_the_contenders_own():
     kept = b"x" * 400_000_000  # what this process holds is nobody else's
-    measured = measure(Row("hold", "tests.test_bench", {"holds": "hoarder"}, 200, 1, "MB"), 1)
+    measured = measure({"holds": job("hoarder", 200)}, 1)
     assert 200e6 < measured["holds"].memory < 200e6 + 150e6 and len(kept)
 
 
 def test_a_contender_that_fails_is_named():
     with pytest.raises(RuntimeError, match="wait, bad: ValueError: seven"):
-        measure(Row("wait", "tests.test_bench", {"bad": "breaker"}, "seven", 1, "MB"), 1)
+        measure({"bad": job("breaker", "seven")}, 1, "wait")
+    with pytest.raises(RuntimeError, match="wait, bad: ValueError: not done"):
+        measure({"bad": job("failing_check", None)}, 1, "wait")
+    with pytest.raises(RuntimeError, match="wait, bad: AttributeError"):
+        measure({"bad": job("nobody", None)}, 1, "wait")
     with pytest.raises(ValueError, match="rounds is 0"):
-        measure(Row("wait", "tests.test_bench", {"bad": "breaker"}, "seven", 1, "MB"), 0)
+        measure({"bad": job("breaker", "seven")}, 0)
+
+
+def took(*wall, cpu=1.0):
+    return Measurement(list(wall), [cpu] * len(wall), 1)
+
+
+def test_figures_say_what_was_measured():
+    measured = {COURSE: took(2, 2, 9), f"{COURSE}, int8": took(1), "peer": took(4, cpu=3.0), "slow": took(50, cpu=0.5),
+                "this machine, products": took(0.5)}
+    assert times_as_fast(measured) == {"wall": 2.0, "cpu": 0.5}
+    assert shares(measured) == {"this machine, products": {COURSE: 0.25, f"{COURSE}, int8": 0.5, "peer": 0.125,
+                                                           "slow": 0.01}}
+    row = Row("w", "m", {}, None, 10, "MB")
+    assert reached(row, measured, Aim("times", 1)) == 2 and reached(row, measured, Aim("cpu times", 1)) == 0.5
+    assert reached(row, measured, Aim("share", 1)) == 0.25 and reached(row, measured, Aim("rate", 1)) == 5
+    assert reached(row, measured, Aim("times", 1, f"{COURSE}, int8")) == 4
+    with pytest.raises(ValueError, match="kind is 'much'"):
+        Aim("much", 2)
+
+
+def test_exponent_is_the_slope_of_the_logarithms():
+    sizes = [10, 100, 1000]
+    slope, least, most = exponent(sizes, [took(1e-3 * n**2, 1e-3 * n**2.5) for n in sizes])
+    assert (round(least, 6), round(slope, 2), round(most, 6)) == (2.0, 2.25, 2.5)
+
+
+def test_growth_measures_every_size():
+    growth = Growth("wait", "tests.test_bench", {"sleeps": "sleeper"}, [0.05, 0.2], "s", {"sleeps": 1.0})
+    measured = measure(growth.jobs(), 1)
+    assert measured["sleeps", 0.2].wall[0] > 2 * measured["sleeps", 0.05].wall[0]

@@ -29,6 +29,7 @@ CHAPTER = r"""
 
 Words of chapter 2, of section 1.2, of sections 1.1 and 1.2, and of [the dive](deep.ipynb); `deep.ipynb` too.
 Not in code, `section 1.2`, nor in $\text{section 1.2}$, nor elsewhere: Hughes et al. 2020, section 1.2.
+Nor in a work that is known: Okoro 2021, section 1.2, (Okoro 2021), chapter 1, and [a report](x.pdf) in its section 1.1.
 
 ## 1.1 Rivers
 
@@ -63,6 +64,7 @@ And back, as in Exercise 1.2.
 
 - Hughes et al. 2020, *On Rivers* (arXiv:2001.00001), and
   Hughes et al. 2020, *On Lakes: A Longer Title* (arXiv:2001.00002).
+- Okoro 2021, *On Mud* (arXiv:2101.00003), section 1.2, and *Another* (Water Press), chapter 1.
 """
 DIVE = """# Deep dive: what lies below
 
@@ -70,7 +72,7 @@ Back to chapter 1.
 
 ## 1. Mud
 
-Section 1, Exercise A, section 7.
+Section 1, Exercise A, section 7; section 1 of [the dive](deep.ipynb).
 
 **Exercise A.** Dig.
 """
@@ -127,13 +129,18 @@ def test_headings_carry_numbers_and_labels(small):
 def test_words_become_links(small):
     words = kinds(small.parts[1].pages[0], Prose)[0].markdown
     assert "[section 1.2](#sec-1-2), of [sections 1.1](#sec-1-1) and [1.2](#sec-1-2)" in words
-    assert "[the dive](#page-ch01-water-deep); [What lies below](#page-ch01-water-deep) too" in words
+    assert "[the dive (D1)](#page-ch01-water-deep); [What lies below (D1)](#page-ch01-water-deep) too" in words
     assert "chapter 2" in words and "[chapter 2]" not in words, "there is no chapter 2 here"
     assert "`section 1.2`" in words and r"$\text{section 1.2}$" in words and "2020, section 1.2." in words
+    assert "[Okoro 2021](#ref-arxiv-2101-00003), section 1.2, ([Okoro 2021](#ref-arxiv-2101-00003)), chapter 1" in words
+    assert words.endswith("in its section 1.1.")
+    listed = kinds(small.parts[1].pages[0], Prose)[-1].markdown
+    assert listed.endswith("(arXiv:2101.00003), section 1.2, and *Another* (Water Press), chapter 1.")
     assert "Open in Colab" not in words
     dive = kinds(small.parts[1].pages[1], Prose)
     assert dive[0].markdown == "Back to [chapter 1](#page-ch01-water-water)."
-    assert dive[1].markdown == "[Section 1](#sec-d1-1), [Exercise A](#ex-d1-a), section 7."
+    assert dive[1].markdown == "[Section D1.1](#sec-d1-1), [Exercise A](#ex-d1-a), section 7; " \
+        "[section D1.1](#sec-d1-1) of [the dive](#page-ch01-water-deep)."
 
 
 def test_works_and_terms(small):
@@ -145,7 +152,8 @@ def test_works_and_terms(small):
     assert "[Hughes et al. 2020](#ref-arxiv-2001-00002), *On Lakes" in listed
     assert [(r.authors, r.title, r.url, r.cited) for r in small.references] == [
         ("Hughes et al.", "On Lakes: A Longer Title", "https://arxiv.org/abs/2001.00002", ("page-ch01-water-water",)),
-        ("Hughes et al.", "On Rivers", "https://arxiv.org/abs/2001.00001", ("page-ch01-water-water",))]
+        ("Hughes et al.", "On Rivers", "https://arxiv.org/abs/2001.00001", ("page-ch01-water-water",)),
+        ("Okoro", "On Mud", "https://arxiv.org/abs/2101.00003", ("page-ch01-water-water",))]
     assert small.terms == {"river": "river", "rivers": "river", "stream": "river"}
 
 

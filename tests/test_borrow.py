@@ -6,7 +6,8 @@ import pytest
 from utils.borrow import borrow
 
 CELLS = ["import math\nBASE = 10", "def scaled(x):\n    return x * BASE",
-         "class Ring:\n    radius = math.floor(scaled(2))", "def scaled(x):\n    return 'a second one'"]
+         "class Ring:\n    radius = math.floor(scaled(2))", "def scaled(x):\n    return 'a second one'",
+         "import functools\n\n@functools.cache\ndef square(x):\n    return x * x"]
 
 
 @pytest.fixture
@@ -22,6 +23,11 @@ def test_definitions_come_with_what_they_need(chapter):
     base, scaled, ring = borrow("story", "BASE", "scaled", "Ring")
     assert (base, scaled(2), ring.radius) == (10, 20, 20)
     assert borrow("story", "Ring", BASE=4).radius == 8, "the function that it uses comes with it"
+
+
+def test_decorators_come_along(chapter):
+    square = borrow("story", "square")
+    assert square(3) == 9 and square.cache_info().currsize == 1
 
 
 def test_known_names_replace_those_of_the_notebook(chapter):

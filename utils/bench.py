@@ -2,31 +2,57 @@
 
 Each contender lives in a process of its own, so that neither memory nor threads of one count for
 another. The rounds go round: first contender, second, ..., first again; a slow minute of the machine
-then falls on all of them. This file knows how to measure; what is measured stands in ``tests/bench_*.py``.
+then falls on all of them. This file knows how to measure; what is measured stands in ``tests/bench_*.py``,
+and ``bench_report.py`` says what came out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .plots import figure, save
+import numpy as np
+
 from .progress import progress
-from .workspace import short_path, workspace, write_text
 
 COURSE = "this course"
-MACHINE = "this machine"  # a contender of this name is no peer: the bare arithmetic or memory traffic of the work
+MACHINE = "this machine"  # a contender of this name is no peer: the least that the machine needs for such work
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What one process does: ``function`` of ``module``, called with ``argument``, returns what is timed.
+
+    That may have a function ``check`` as its attribute, called after the clock has stopped.
+    """
+
+    module: str
+    function: str
+    argument: object
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What ``who`` is to reach at least: so many ``times`` as fast as the fastest peer by the clock (``cpu times``:
+    in processor time), such a ``share`` of the limit, or such a ``rate`` in the row's unit per second."""
+
+    kind: str
+    least: float
+    who: str = COURSE
+
+    def __post_init__(self):
+        if self.kind not in ("times", "cpu times", "share", "rate"):
+            raise ValueError(f"kind is {self.kind!r}; it must be times, cpu times, share or rate.")
 
 
 @dataclass(frozen=True)
@@ -34,9 +60,10 @@ class Row:
     """One piece of work and who does it.
 
     ``contenders`` names functions of ``module``: each is called with ``argument``, prepares (not timed) and
-    returns the function that is timed. ``size`` is how much work that is, in ``unit``. ``aim`` is how many
-    times as fast as the fastest peer the course wants to be. A contender whose name begins with ``MACHINE``
-    does nothing but what the work cannot do without: all others are given as a share of its rate.
+    returns the function that is timed. ``size`` is how much work that is, in ``unit``. ``limits`` are jobs that
+    do only what the work cannot do without, or read and multiply at the machine's own rate: everybody else is
+    given as a share of their rate. Long work takes at most ``rounds`` rounds, and with ``warm_up=False`` no
+    round before them: its functions warm up on something small as they prepare.
     """
 
     work: str
@@ -45,7 +72,36 @@ class Row:
     argument: object
     size: float
     unit: str
-    aim: float | None = None
+    aims: Sequence[Aim] = ()
+    limits: Mapping[str, Contender] = field(default_factory=dict)
+    rounds: int | None = None
+    warm_up: bool = True
+
+    def jobs(self) -> dict[str, Contender]:
+        ours = {name: Contender(self.module, function, self.argument) for name, function in self.contenders.items()}
+        return ours | {f"{MACHINE}, {name}".rstrip(", "): job for name, job in self.limits.items()}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the cost of one work grows: ``functions`` of ``module`` by name, each called with every one of ``sizes``.
+
+    ``expected`` is the exponent that the course claims for each name: 1 for linear. ``flat_memory`` claims that
+    the peak of the largest size is hardly above that of the smallest.
+    """
+
+    work: str
+    module: str
+    functions: Mapping[str, str]
+    sizes: Sequence[float]
+    unit: str
+    expected: Mapping[str, float]
+    flat_memory: bool = False
+    rounds: int | None = 3
+
+    def jobs(self) -> dict[tuple[str, float], Contender]:
+        return {(name, size): Contender(self.module, function, size)
+                for size in self.sizes for name, function in self.functions.items()}
 
 
 @dataclass(frozen=True)
@@ -57,58 +113,66 @@ class Measurement:
     memory: int
 
 
-def measure(row: Row, rounds: int = 5) -> dict[str, Measurement]:
-    """Run a row's contenders in turn, one warm-up and then ``rounds`` times: measurements by name."""
+def measure(jobs: Mapping, rounds: int = 5, title: str = "", warm_up: bool = True) -> dict:
+    """Run jobs in turn, one warm-up and then ``rounds`` times: measurements by the jobs' names."""
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; it must be at least 1, and 5 for a median worth the name.")
     context = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple] = {}
-    timings: dict[str, list[tuple]] = {name: [] for name in row.contenders}
+    workers: dict = {}
+    timings: dict = {name: [] for name in jobs}
     try:
-        for name, function in row.contenders.items():
+        for name, job in jobs.items():
             here, there = context.Pipe()
-            process = context.Process(target=_contend, args=(there, row.module, function, row.argument), daemon=True)
+            process = context.Process(target=_contend, args=(there, job), daemon=True)
             process.start()
+            there.close()
             workers[name] = process, here
-        order = [name for _ in range(rounds + 1) for name in row.contenders]
-        for name in progress(order, row.work[:40], unit="run"):
+        for name, (process, pipe) in workers.items():
+            _ask(process, pipe, f"{title}, {name}")  # everybody is prepared before anybody is timed
+        order = [name for _ in range(rounds + warm_up) for name in jobs]
+        for name in progress(order, title[:40], unit="run"):
             process, pipe = workers[name]
-            timings[name].append(_ask(process, pipe, name, row.work))
+            pipe.send("run")
+            timings[name].append(_ask(process, pipe, f"{title}, {name}"))
     finally:
         for _, pipe in workers.values():
             pipe.close()  # the process sees the end of the pipe and leaves
         for process, _ in workers.values():
             process.join(5)
             process.terminate()
-    return {name: Measurement([t[0] for t in runs[1:]], [t[1] for t in runs[1:]], max(t[2] for t in runs))
-            for name, runs in timings.items()}
+    return {name: Measurement([t[0] for t in runs[warm_up:]], [t[1] for t in runs[warm_up:]],
+                              max(t[2] for t in runs)) for name, runs in timings.items()}
 
 
-def _ask(process, pipe, name: str, work: str) -> tuple[float, float, int]:
+def _ask(process, pipe, name: str):
     try:
-        pipe.send("run")
         answer = pipe.recv()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionResetError):
         process.join(10)
         answer = f"its process ended with exit code {process.exitcode}"
     if isinstance(answer, str):
-        raise RuntimeError(f"{work}, {name}: {answer}")
+        raise RuntimeError(f"{name}: {answer}")
     return answer
 
 
-def _contend(pipe, module: str, function: str, argument) -> None:
+def _contend(pipe, job: Contender) -> None:
     """What a contender's process does: prepare once, then one timed run for each message."""
     try:
-        timed = getattr(importlib.import_module(module), function)(argument)
+        timed = getattr(importlib.import_module(job.module), job.function)(job.argument)
+        pipe.send(None)
         while pipe.recv():
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             timed()
-            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, peak_memory_bytes()))
-    except EOFError:
+            took = time.perf_counter() - wall, time.process_time() - cpu
+            if check := getattr(timed, "check", None):
+                check()  # whether the work was done; not timed
+            pipe.send((*took, peak_memory_bytes()))
+    except (EOFError, BrokenPipeError):
         pass
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(BrokenPipeError):  # another contender has failed already
+            pipe.send(f"{type(error).__name__}: {error}")
 
 
 def peak_memory_bytes() -> int:
@@ -134,74 +198,39 @@ def machine() -> dict[str, str | int]:
     return {"processor": model, "cores": cores, "system": platform.system(), "python": platform.python_version()}
 
 
-def compare(rows: Sequence[Row], rounds: int, name: str, size: str) -> Path:
-    """Measure all rows; print tables, and write ``workspace/bench/name.json`` and ``.png``."""
-    about = machine()
-    print(f"{about['processor']}, {about['cores']} cores, Python {about['python']}; "
-          f"{rounds} interleaved {'rounds' if rounds > 1 else 'round'}, medians (least to most)\n")
-    folder, results = workspace("bench"), []
-    for row in rows:
-        measured = measure(row, rounds)
-        print(_table(row, measured), end="\n\n", flush=True)
-        results.append(_record(row, measured))
-    document = {"machine": about, "date": date.today().isoformat(), "sizes": size, "rounds": rounds, "rows": results}
-    write_text(folder / f"{name}.json", json.dumps(document, indent=1) + "\n")
-    save(_draw(results), folder / f"{name}.png")
-    print(f"Written to {short_path(folder / name)}.json and .png")
-    return folder / f"{name}.json"
+# ---------------------------------------------------------------- what the figures say
 
 
-def _record(row: Row, measured: Mapping[str, Measurement]) -> dict:
-    contenders = {name: {"wall_seconds": m.wall, "cpu_seconds": m.cpu, "peak_memory_bytes": m.memory}
-                  for name, m in measured.items()}
-    return {"work": row.work, "size": row.size, "unit": row.unit, "aim": row.aim, "contenders": contenders,
-            "times_as_fast": _times_as_fast(measured), "share_of_the_machine": _shares(measured)}
+def is_peer(name: str) -> bool:
+    return not name.startswith((COURSE, MACHINE))
 
 
-def _times_as_fast(measured: Mapping[str, Measurement]) -> dict[str, float]:
-    """How many times as fast as the fastest peer the course is, by the clock and in CPU time."""
-    peers = [m for name, m in measured.items() if not name.startswith((COURSE, MACHINE))]
-    best: dict[str, Callable] = {"wall": lambda m: statistics.median(m.wall),
-                                 "cpu": lambda m: statistics.median(m.cpu)}
-    return {kind: min(map(median, peers)) / median(measured[COURSE]) for kind, median in best.items()} if peers else {}
+def times_as_fast(measured: Mapping[str, Measurement], who: str = COURSE) -> dict[str, float]:
+    """How many times as fast as the fastest peer ``who`` is, by the clock and in CPU time; {} without a peer."""
+    peers = [m for name, m in measured.items() if is_peer(name)]
+    return {kind: min(statistics.median(getattr(m, kind)) for m in peers)
+            / statistics.median(getattr(measured[who], kind)) for kind in ("wall", "cpu")} if peers else {}
 
 
-def _shares(measured: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
-    """For each ``MACHINE`` contender: its time as a share of everybody else's, by the clock."""
+def shares(measured: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
+    """For each limit: its time as a share of everybody else's, by the clock."""
     bare = {name: m for name, m in measured.items() if name.startswith(MACHINE)}
     return {limit: {name: statistics.median(fastest.wall) / statistics.median(m.wall)
                     for name, m in measured.items() if name not in bare} for limit, fastest in bare.items()}
 
 
-def _table(row: Row, measured: Mapping[str, Measurement]) -> str:
-    lines = [f"{row.work} ({row.size:g} {row.unit})",
-             f"  {'':36} {'wall s':>22} {'cpu s':>22} {row.unit + '/s':>9} {'peak MB':>9}"]
-    for name, m in measured.items():
-        wall, cpu = (f"{statistics.median(t):.3f} ({min(t):.3f} to {max(t):.3f})" for t in (m.wall, m.cpu))
-        rate = row.size / statistics.median(m.wall)
-        lines.append(f"  {name:36} {wall:>22} {cpu:>22} {rate:9.2f} {m.memory / 1e6:9.0f}")
-    for kind, times in _times_as_fast(measured).items():
-        aim = f" (aim {row.aim:g})" if row.aim else ""
-        lines.append(f"  {kind + ' time:':10} {times:.2f} times as fast as the fastest peer{aim}")
-    for limit, shares in _shares(measured).items():
-        reached = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        lines.append(f"  share of {limit} reached: {reached}")
-    return "\n".join(lines)
+def reached(row: Row, measured: Mapping[str, Measurement], aim: Aim) -> float:
+    """What stands against ``aim.least``."""
+    if aim.kind == "rate":
+        return row.size / statistics.median(measured[aim.who].wall)
+    if aim.kind == "share":
+        return max(share[aim.who] for share in shares(measured).values())
+    return times_as_fast(measured, aim.who)["cpu" if aim.kind == "cpu times" else "wall"]
 
 
-def _draw(results: Sequence[dict]):
-    fig, panels = figure(nrows=len(results), height=1.5 * len(results) + 0.3, squeeze=False)
-    for axes, row in zip(panels[:, 0], results, strict=True):
-        names = list(row["contenders"])
-        for shift, kind, hatch in ((-0.19, "wall_seconds", ""), (0.19, "cpu_seconds", "//")):
-            values = [statistics.median(row["contenders"][name][kind]) for name in names]
-            bars = axes.barh([i + shift for i in range(len(names))], values, 0.36, hatch=hatch, edgecolor="white",
-                             label=kind.replace("_seconds", ""))
-            axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-        axes.set(title=row["work"], xlabel="seconds (median)")
-    panels[0, 0].legend()
-    return fig
+def exponent(sizes: Sequence[float], measured: Sequence[Measurement]) -> tuple[float, float, float]:
+    """The slope of log seconds over log size: (of the medians, least and most of any round)."""
+    logs = np.log(sizes)
+    rounds = np.log([m.wall for m in measured])  # (sizes, rounds)
+    slopes = np.polyfit(logs, rounds, 1)[0]
+    return float(np.polyfit(logs, np.median(rounds, axis=1), 1)[0]), float(slopes.min()), float(slopes.max())

@@ -24,7 +24,7 @@ def borrow(notebook: str, *names: str, changes: Sequence[tuple[str, str]] = (), 
             if isinstance(statement, (ast.Import, ast.ImportFrom)):
                 exec(ast.unparse(statement), scope)
             elif name := _defines(statement):
-                defined.setdefault(name, (statement, ast.get_source_segment(source, statement)))
+                defined.setdefault(name, (statement, _source(source, statement)))
     if missing := [name for name in names if name not in defined]:
         raise KeyError(f"{path.name} defines no {', '.join(missing)} at the top of a cell.")
     wanted = _with_what_they_need(names, defined, {*scope, *known})
@@ -65,6 +65,12 @@ def _exported(path: Path) -> dict:
 def _code(path: Path) -> Iterator[str]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def _source(source: str, statement: ast.stmt) -> str:
+    """The statement's text, its decorators included."""
+    first = min([statement.lineno, *(decorator.lineno for decorator in getattr(statement, "decorator_list", []))])
+    return "\n".join(source.splitlines()[first - 1:statement.end_lineno])
 
 
 def _defines(statement: ast.stmt) -> str:

@@ -81,8 +81,8 @@ PACKAGES = {
         Package(
             "llms-from-scratch", "1.0.19", "llms_from_scratch-1.0.19-py3-none-any.whl",
             "39f83e6c6ab8c26ee955adbe007b95a6b8357377cadecabfce64c0e5f7458919", 83_264,
-            "the code of Raschka's book, a peer of `course.py bench model`", "Apache-2.0",
-            "Only `course.py bench model` waits for it.",
+            "the code of Raschka's book, a peer of `course.py bench`", "Apache-2.0",
+            "Only `course.py bench` waits for it.",
         ),
     ]
 }

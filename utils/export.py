@@ -13,6 +13,7 @@ import re
 import symtable
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from .workspace import ROOT, write_text
@@ -85,14 +86,17 @@ def module_source(notebook: Path) -> str | None:
             raise ExportError(
                 f"{where}, {cell}: uses {name!r}, which no exported cell defines or imports. "
                 f"Put {MARKER!r} on the cell that defines it, or import it in an exported cell.")
-    body = "\n\n\n".join(_relative_imports(cell.source).strip("\n") for cell in cells)
     exported = "".join(f"    {name!r},\n".replace("'", '"') for name in public)
     return (
         f'"""{title}.\n\n'
         f"Written from {where} by `python course.py export`:\n"
         f'edit the notebook, not this file.\n"""\n\n'
-        f"__all__ = [\n{exported}]\n\n{body}\n"
+        f"__all__ = [\n{exported}]\n\n{_body(cells)}"
     )
+
+
+def _body(cells: list[Cell]) -> str:
+    return "\n\n\n".join(_relative_imports(cell.source).strip("\n") for cell in cells) + "\n"
 
 
 def export_notebook(notebook: Path) -> bool:
@@ -128,13 +132,26 @@ def warn_if_stale(*folders: str) -> None:
     Each ``previous_chapters.py`` calls this, so that nobody trains yesterday's attention unawares.
     """
     for folder in folders:
-        for notebook in sorted((ROOT / folder).glob("*.ipynb")):
-            try:
-                problems = _difference(notebook)
-            except ExportError as error:
-                problems = [f"{error}\n  Until that is mended, the module of before is used."]
-            for problem in problems:
-                print(f"Note: {problem}", file=sys.stderr)
+        _warn_once(folder)
+
+
+@cache  # chapter 6 asks about chapter 1, and so do the chapters that it imports
+def _warn_once(folder: str) -> None:
+    for notebook in sorted((ROOT / folder).glob("*.ipynb")):
+        try:
+            problems = [] if _same_cells(notebook) else _difference(notebook)
+        except ExportError as error:
+            problems = [f"{error}\n  Until that is mended, the module of before is used."]
+        for problem in problems:
+            print(f"Note: {problem}", file=sys.stderr)
+
+
+def _same_cells(notebook: Path) -> bool:
+    """Whether the module consists of the notebook's cells: then it needs no closer look, which takes longer."""
+    module = notebook.with_suffix(".py")
+    if not module.exists():
+        return MARKER not in notebook.read_text(encoding="utf-8")
+    return module.read_text(encoding="utf-8").endswith("]\n\n" + _body(exported_cells(notebook)[1]))
 
 
 def _difference(notebook: Path) -> list[str]:

@@ -34,6 +34,7 @@ local function formula(el)
   local display = el.mathtype == "DisplayMath"
   local body = pandoc.write(pandoc.Pandoc{pandoc.Plain{el}}, "typst"):gsub("%s+$", "")
   for old, new in pairs(renamed) do body = body:gsub("%f[%a]" .. old .. "%f[^%a]", new) end
+  body = body:gsub("#h%(0em%)", "thick")  -- what pandoc makes of \\;
   body = body:gsub("\\| ([^|,()]-) \\|", "abs(%1)")  -- |A|: bars that belong together
   local name = display and "#display-formula(" or "#formula("
   return raw(name .. quoted(el.text) .. ", " .. body .. ");")

@@ -29,12 +29,15 @@ from .blocks import (
 )
 from .citations import Reference, cite, collect
 
+OF_ANOTHER = r"(?P<word>[Ss]ection)\s+(?P<number>\d+)(?P<of>\s+of\s+)(?P<link>\[[^\]]*\]\((?P<file>[^)#]+\.ipynb)\))"
 PROTECTED = re.compile(  # fenced code, code, display and inline formulas, links and pictures, comments
     r"(^```.*?^```[^\n]*$|(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`)|\$\$.+?\$\$|(?<![\\$])\$[^$\n]+\$"
-    r"|!?\[[^\]]*\]\([^)]*\)|<!--.*?-->)", re.S | re.M)
+    r"|!?\[[^\]]*\]\([^)]*\)|<!--.*?-->|" + OF_ANOTHER + ")", re.S | re.M)
 ELSEWHERE = re.compile(  # "Dao et al. 2022, section 2", "*Mining of Massive Datasets*, chapter 3", "their section 2"
-    r"(?:(?:19|20)\d\d\)?\]?(?:\([^)]*\))?,|(?<!\*)\*,|\b(?:their|his|her|paper's|report's))\s*$")
-OF_A_PAPER = re.compile(r"\s+of\s+(?:the|their|his|its|that)\s+\w*\s*(?:paper|report|book)")
+    r"(?:(?:19|20)\d\d\)?\]?(?:\([^)]*\))?,|arXiv[:\s]\s*\d{4}\.\d{4,5}\)?,|(?<!\*)\*(?:\s*\([^)]*\))?,"
+    r"|\b(?:their|his|her|(?:paper|report)(?:'s|\W+in its)))\s*$")
+OF_A_PAPER = re.compile(
+    r"\s+of\s+(?:the|their|his|its|that)\s+\w*\s*(?:paper|report|book)|,\s+(?:figure|table|appendix|equation)\b")
 EMPHASIS = re.compile(r"(?<!\*)(?P<stars>\*\*?)(?![*\s])(?P<words>[^*\n]+(?:\n[^*\n]+)?)(?P=stars)(?!\*)")
 
 
@@ -127,16 +130,16 @@ class _Links:
         """Markdown with its references as links, its links resolved and its terms marked for the index."""
         pieces, end = [], 0
         for match in PROTECTED.finditer(text):
-            pieces += [self._plain(text[end:match.start()], page), self._kept(match[0], page)]
+            pieces += [self._plain(text[end:match.start()], text[:end], page), self._kept(match[0], page)]
             end = match.end()
-        pieces.append(self._plain(text[end:], page))
+        pieces.append(self._plain(text[end:], text[:end], page))
         return "".join(pieces)
 
-    def _plain(self, text: str, page: Page) -> str:
-        if page.path.name != "glossary":
+    def _plain(self, text: str, before: str, page: Page) -> str:
+        if page.kind not in ("front", "back"):
             text = EMPHASIS.sub(lambda match: self._marked(match, page), text)
         text = cite(text, page.label, self.references, self.named)
-        return _outside_links(text, lambda piece: self._places(piece, page))
+        return _outside_links(text, lambda piece, before: self._places(piece, before, page), before)
 
     def _marked(self, match: re.Match, page: Page) -> str:
         """A term in bold, or in italics on the page that defines it, with its mark for the index."""
@@ -145,30 +148,35 @@ class _Links:
         wanted = term and (match["stars"] == "**" or page.path.name in defined)
         return f"{INDEX.format(term)}{match[0]}" if wanted else match[0]
 
-    def _places(self, text: str, page: Page) -> str:
+    def _places(self, text: str, before: str, page: Page) -> str:
         """ "section 3.5", "sections 3.5 and 3.7", "chapter 4" and "Exercise 3.2" as links, if they are ours."""
         text = re.sub(r"(?<![\w.])([Ss]ections?)\s+(\d+(?:\.\d+)*)(?:(,\s+|\s+(?:and|to)\s+)(\d+(?:\.\d+)*))?",
-                      lambda match: self._sections(match, text, page), text)
-        text = _outside_links(text, lambda piece: re.sub(
-            r"(?<![\w.])([Cc]hapter)\s+(\d)(?![\d.]?\d)", lambda match: self._chapter(match, piece), piece))
-        return _outside_links(text, lambda piece: re.sub(
+                      lambda match: self._sections(match, before + text[:match.start()], text, page), text)
+        text = _outside_links(text, lambda piece, before: re.sub(
+            r"(?<![\w.])([Cc]hapter)\s+(\d)(?![\d.]?\d)",
+            lambda match: self._chapter(match, before + piece[:match.start()]), piece), before)
+        return _outside_links(text, lambda piece, _: re.sub(
             r"\bExercise\s+(\d\.\d+|[A-Z])\b", lambda match: self._exercise(match, page), piece))
 
-    def _sections(self, match: re.Match, text: str, page: Page) -> str:
-        if _elsewhere(text[:match.start()]) or OF_A_PAPER.match(text[match.end():]):
+    def _sections(self, match: re.Match, before: str, text: str, page: Page) -> str:
+        if _elsewhere(before) or OF_A_PAPER.match(text[match.end():]):
             return match[0]
-        first, second = (self._section(number, page) for number in (match[2], match[4] or ""))
-        head = f"[{match[1]} {match[2]}](#{first})" if first else f"{match[1]} {match[2]}"
-        if not match[4]:
-            return head
-        return head + match[3] + (f"[{match[4]}](#{second})" if second else match[4])
+        first, second = (self._section_link(f"{match[1]} ", match[2], page), match[4] or "")
+        return first + match[3] + self._section_link("", second, page) if second else first
+
+    def _section_link(self, words: str, number: str, page: Page) -> str:
+        """A link to a section by its number; "section 3" of a deep dive is printed with the dive's own, D12.3."""
+        label = self._section(number, page)
+        if label and "." not in number and page.number:
+            number = f"{page.number}.{number}"
+        return f"[{words}{number}](#{label})" if label else words + number
 
     def _section(self, number: str, page: Page) -> str:
         label = label_of(f"sec-{number}" if "." in number or not page.number else f"sec-{page.number}.{number}")
         return label if label in self.labels else ""
 
-    def _chapter(self, match: re.Match, text: str) -> str:
-        if match[2] not in self.chapters or _elsewhere(text[:match.start()]):
+    def _chapter(self, match: re.Match, before: str) -> str:
+        if match[2] not in self.chapters or _elsewhere(before):
             return match[0]
         return f"[{match[1]} {match[2]}](#{self.chapters[match[2]]})"
 
@@ -181,7 +189,11 @@ class _Links:
         """Code, a formula or a link; links to files of the course are resolved."""
         if found := re.fullmatch(r"`([\w./-]+\.ipynb)`", text):
             other = self._file(found[1], page) or self._named(found[1])
-            return f"[{other.title}](#{other.label})" if other else text
+            return f"[{self._numbered(other.title, other, page)}](#{other.label})" if other else text
+        if found := re.fullmatch(OF_ANOTHER, text):
+            other = self._file(found["file"], page) or page
+            return (self._section_link(f"{found['word']} ", found["number"], other) + found["of"]
+                    + self._kept(found["link"], page))
         if found := re.fullmatch(r"(!?)\[([^\]]*)\]\(([^)\s]*)\)", text, re.S):
             return self._link(found[1], found[2], found[3], page)
         return text
@@ -192,10 +204,15 @@ class _Links:
         path, _, anchor = target.partition("#")
         other = self._file(path, page) if path else page
         if other:
+            place = self._within(other, anchor, words)
             if words.strip("`").endswith(".ipynb"):
                 words = other.title
-            return f"[{words}](#{self._within(other, anchor, words)})"
+            return f"[{self._numbered(words, other, page)}](#{place})"
         return f"[{words}]({self.address}{self._relative(path, page)})"
+
+    def _numbered(self, words: str, other: Page, page: Page) -> str:
+        """Words that lead to a deep dive, with its number in the contents: "Many machines (D18)"."""
+        return f"{words} ({other.number})" if other.kind == "dive" and other is not page else words
 
     def _within(self, page: Page, anchor: str, words: str) -> str:
         """The label on ``page`` of an anchor, or of the section that the words of the link end with."""
@@ -220,10 +237,11 @@ class _Links:
 
 def _elsewhere(before: str) -> bool:
     """Whether the words before "section 3" say that it is a section of somebody else's work."""
-    return bool(ELSEWHERE.search(before[-200:]))
+    return bool(ELSEWHERE.search(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", before[-400:])))
 
 
-def _outside_links(text: str, change: Callable[[str], str]) -> str:
-    """``change`` applied to what is not a link or a mark for the index yet."""
+def _outside_links(text: str, change: Callable[[str, str], str], before: str = "") -> str:
+    """``change`` applied to what is not a link or a mark for the index yet, and to what stands before that."""
     pieces = re.split(r"(\[[^\]]*\]\([^)]*\)|\ue000.*?\ue001)", text)
-    return "".join(piece if number % 2 else change(piece) for number, piece in enumerate(pieces))
+    return "".join(piece if number % 2 else change(piece, before + "".join(pieces[:number]))
+                   for number, piece in enumerate(pieces))

@@ -7,6 +7,7 @@ SVG. The PDF meets PDF/UA-1, the standard for readers who listen; Typst checks t
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import shutil
 import tempfile
@@ -19,10 +20,11 @@ from ..workspace import atomic_write
 from .cover import Cover, draw_cover
 from .packing import pack_pdf
 from .text import Book, Callout, Code, Equation, Exercise, Figure, Heading, Output, Page, Prose
-from .typesetting import markdown_to_typst, typst_dictionary, typst_string, wrap_lines
+from .typesetting import COLUMNS, column_width, markdown_to_typst, typst_dictionary, typst_string, wrap_lines
 
 PRINT = Path("docs", "print")
 FULL_WIDTH = 800  # CSS pixels of a figure as wide as the printed column: its words come out at 8 points
+SMALLEST = 1.25  # an output so many times as wide as the column is printed smaller, a wider one is wrapped
 SUBTITLE = ("A large language model from scratch, in plain PyTorch: raw text, tokenizer, attention, GPT, "
             "pretraining, chat")
 COVER_WORDS = ("Where the storyteller of chapter 5 looks while it reads: every arc is a weight of one of its "
@@ -189,8 +191,11 @@ class _Source:
 
     def _lines_of(self, block: Code | Output, following) -> str:
         if isinstance(block, Output):
-            body, wrapped = wrap_lines(block.text)
-            return self._call("out", body, kind=block.kind, length=body.count("\n") + 1, wrapped=wrapped)
+            widest = max(map(column_width, block.text.split("\n")))
+            columns = widest if COLUMNS < widest <= SMALLEST * COLUMNS else COLUMNS  # a table, rather small than broken
+            body, wrapped = wrap_lines(block.text, columns=math.ceil(columns))
+            return self._call("out", body, kind=block.kind, length=body.count("\n") + 1, wrapped=wrapped,
+                              size=COLUMNS / math.ceil(columns))
         body, wrapped = wrap_lines(block.source, python=True)
         return self._call("code", body, module=block.exported, keep=isinstance(following, Output),
                           length=body.count("\n") + 1, wrapped=wrapped)

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-COLUMNS = 114  # letters of code on a line of the printed page, at the size that book.typ sets
+COLUMNS = 120  # letters of code on a line of the printed page, at the size that book.typ sets
 READER = "gfm+raw_attribute+tex_math_dollars+footnotes-smart-autolink_bare_uris"
 INDEX_MARK = re.compile("\ue000(.*?)\ue001", re.S)
 Wrapped = dict[int, tuple[int, int, str]]
@@ -33,7 +33,7 @@ def markdown_to_typst(fields: Sequence[str], pandoc: str, lua_filter: Path) -> l
     Raises ``ValueError`` naming a text that opens what it does not close, or a formula pandoc cannot read.
     """
     joined = "\n\n".join(f"```{{=typst}}\n{_FIELD}{i}\n```\n\n{_indexed(text)}" for i, text in enumerate(fields))
-    done = subprocess.run([pandoc, "-f", READER, "-t", "typst", "--wrap=none", f"--lua-filter={lua_filter}"],
+    done = subprocess.run([pandoc, "-f", READER, "-t", "typst-smart", "--wrap=none", f"--lua-filter={lua_filter}"],
                           input=joined, capture_output=True, encoding="utf-8", check=False)
     if done.returncode or "WARNING" in done.stderr:
         raise ValueError(f"pandoc could not read a text of the book: {done.stderr.strip()[:500]}")
