@@ -8,7 +8,19 @@ import pytest
 from conftest import ROOT
 
 import course
-from utils.bench import COURSE, Aim, Growth, Contender, Measurement, Row, exponent, measure, reached, shares, times_as_fast
+from utils.bench import (
+    COURSE,
+    Aim,
+    Contender,
+    Growth,
+    Measurement,
+    Row,
+    exponent,
+    measure,
+    reached,
+    shares,
+    times_as_fast,
+)
 
 
 @pytest.mark.parametrize("name", course.BENCHES)
