@@ -21,6 +21,7 @@ from utils.bench import (
     shares,
     times_as_fast,
 )
+from utils.bench_report import RECORD, page_block, readme_block, save_measurements, with_block
 
 
 @pytest.mark.parametrize("name", course.BENCHES)
@@ -138,6 +139,27 @@ def test_exponent_is_the_slope_of_the_logarithms():
     sizes = [10, 100, 1000]
     slope, least, most = exponent(sizes, [took(1e-3 * n**2, 1e-3 * n**2.5) for n in sizes])
     assert (round(least, 6), round(slope, 2), round(most, 6)) == (2.0, 2.25, 2.5)
+
+
+def test_the_pages_show_the_record():
+    documents = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert set(documents) == set(course.BENCHES)
+    for path, block in ((ROOT / "docs" / "measurements.md", page_block), (ROOT / "README.md", readme_block)):
+        text = path.read_text(encoding="utf-8")
+        assert with_block(text, block(documents)) == text, f"{path.name}: run `course.py bench all --save`"
+    with pytest.raises(ValueError, match="once each"):
+        with_block("no marks", "")
+
+
+def test_quick_or_missing_figures_are_not_kept(tmp_path):
+    before = RECORD.read_bytes()
+    for name in course.BENCHES:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"sizes": "quick"}))
+    with pytest.raises(ValueError, match="limits has quick figures"):
+        save_measurements(list(course.BENCHES), tmp_path)
+    with pytest.raises(ValueError, match="limits has no figures"):
+        save_measurements(list(course.BENCHES), tmp_path / "nowhere")
+    assert RECORD.read_bytes() == before
 
 
 def test_growth_measures_every_size():

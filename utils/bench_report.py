@@ -96,7 +96,7 @@ def _growth_table(growth: Growth, measured: Mapping[tuple, Measurement]) -> str:
             f"  {statistics.median(m.wall):30.3f} {m.memory / 1e6:9.0f}" for m in cells))
     for name, curve in _growth_record(growth, measured)["growth"].items():
         lines.append(f"  {name}: time grows like size^{curve['exponent']:.2f} "
-                     f"(rounds {curve['least']:.2f} to {curve['most']:.2f}; claimed {curve['expected']:g})")
+                     f"(rounds {curve['least']:.2f} to {curve['most']:.2f}; claimed at most {curve['expected']:g})")
         if growth.flat_memory:
             peaks = [point["peak_memory_bytes"] for point in curve["points"]]
             lines.append(f"  {name}: peak memory at the largest size {max(peaks) / peaks[0]:.2f} times that at the "
@@ -233,7 +233,7 @@ def _limits(rows: Sequence[Mapping]) -> str:
     lines = ["| the machine itself | a second | medians of seconds |", "|---|---|---|"]
     for row in rows:
         (name, timing), = row["contenders"].items()
-        lines.append(f"| {row['work']} | {row['size'] / _median(row, name):,.4g} {row['unit']} | "
+        lines.append(f"| {row['work']} | {_plain_number(row['size'] / _median(row, name))} {row['unit']} | "
                      f"{_spread(timing['wall_seconds'])} |")
     return "\n".join(lines)
 
@@ -243,23 +243,32 @@ def _spread(seconds: Sequence[float]) -> str:
 
 
 def _markdown(row: Mapping) -> str:
-    lines = [f"**{row['work']}** ({row['size']:.4g} {row['unit']})\n",
+    lines = [f"**{row['work']}** ({_plain_number(row['size'])} {row['unit']})\n",
              f"| | wall time, s | CPU time, s | {row['unit']}/s | peak memory | of the limit |",
              "|---|---|---|---|---|---|"]
     for name, timing in row["contenders"].items():
         rate = row["size"] / _median(row, name)
         share = max((share[name] for share in row["share_of_the_machine"].values() if name in share), default=None)
-        lines.append(f"| {name} | {_spread(timing['wall_seconds'])} | {_spread(timing['cpu_seconds'])} | {rate:,.3g} | "
+        lines.append(f"| {name} | {_spread(timing['wall_seconds'])} | {_spread(timing['cpu_seconds'])} | "
+                     f"{_plain_number(rate)} | "
                      f"{timing['peak_memory_bytes'] / 1e6:,.0f} MB | {'' if share is None else f'{share:.0%}'} |")
     for aim in row["aims"]:
-        lines.append(f"\n{_verdict(row['unit'], aim).capitalize()}.")
+        lines.append(f"\n{_sentence(_verdict(row['unit'], aim))}")
     return "\n".join(lines)
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
+
+
+def _plain_number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _growth_markdown(row: Mapping) -> str:
     lines = [f"**{row['work']}**\n",
              "| | " + " | ".join(f"{point['size']:,.0f}" for point in next(iter(row["growth"].values()))["points"])
-             + f" {row['unit']} | exponent | claimed |"]
+             + f" {row['unit']} | exponent | claimed at most |"]
     lines.append("|---" * (lines[-1].count("|") - 1) + "|")
     for name, curve in row["growth"].items():
         cells = [f"{statistics.median(p['wall_seconds']):.3g} s, {p['peak_memory_bytes'] / 1e6:,.0f} MB"

@@ -31,7 +31,7 @@ from .figures import picture
 from .links import link_book
 
 FRONT = ("preface", "setup", "notation")
-BACK = ("glossary", "further_reading", "house", "teaching", "launch", "changelog")
+BACK = ("glossary", "further_reading", "measurements", "house", "teaching", "launch", "changelog")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CALLOUT = re.compile(r"> \*\*(?P<title>[^*]+?)\.?\*\*\s*(?P<text>.*)", re.S)
 EXERCISE = re.compile(r"\*\*(?P<title>Exercise (?P<number>[A-Z]|\d+\.\d+))\.?\*\*\s*(?P<note>\([^)]*\))?[.\s]*", re.S)
