@@ -9,6 +9,7 @@ import io
 import posixpath
 import re
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -398,7 +399,7 @@ def test_every_exercise_is_there(whole, notebooks):
     assert len(starts) > 80
     titles = [w.text.strip() for sheet in whole.sheets for w in sheet.words
               if abs(w.left - LEFT - 9) < 3 and re.fullmatch(r"Exercise ([A-Z]|\d+\.\d+)", w.text.strip())]
-    assert sorted(titles) == sorted(starts)
+    assert not Counter(starts) - Counter(titles)  # a line of text may begin with such words by chance
 
 
 def test_every_line_of_code_is_printed_whole(whole, notebooks):

@@ -30,8 +30,8 @@ NOTEBOOKS = sorted(path for path in ROOT.glob("ch0*/*.ipynb") if path.name != "a
 by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 AXE_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
 # the first page, a chapter, dives with wide outputs and figures, terms, the library, works, the index, the search
-LOOKED_AT = ("index", "ch03_attention/attention", "ch05_pretrain/parallelism", "ch04_gpt/inside", "glossary",
-             "api/ch03_attention", "bibliography", "genindex", "search")
+LOOKED_AT = ("index", "ch03_attention/attention", "ch02_tokenizer/solutions", "ch05_pretrain/parallelism",
+             "ch04_gpt/inside", "glossary", "api/ch03_attention", "bibliography", "genindex", "search")
 SHORT = "ch05_pretrain/speed_run"  # a notebook on which axe looks at every word of the code
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
@@ -362,7 +362,7 @@ def address(site):
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # closed before another file of tests opens its own
 def chromium():
     path = browser_path()
     from playwright.sync_api import sync_playwright
@@ -402,6 +402,18 @@ def visit(chromium, address):
     for context, heard in opened:
         context.close()
         heard.check()
+
+
+@pytest.mark.parametrize("width", [360, 800])
+def test_menu_and_contents_open_by_their_buttons(visit, width):
+    page = visit("ch03_attention/attention", width)
+    for kind in ("primary", "secondary"):
+        button = page.locator(f".{kind}-toggle:visible").first
+        button.click()
+        shown = page.locator(f"#pst-{kind}-sidebar-modal[open]")
+        shown.wait_for(timeout=5000)
+        assert shown.locator("a").count() > 5
+        page.keyboard.press("Escape")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -293,13 +293,16 @@ def test_a_stale_module_is_announced_to_the_next_chapter(scratch):
 def test_runner_executes_and_saves_tidy_outputs(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "workspace"))
     bar = "from tqdm import tqdm\nimport sys\nfor _ in tqdm(range(3), file=sys.stdout, leave=False):\n    pass\n"
-    path = notebook(tmp_path, bar + "print('done')", "1 + 1")
+    bars = ("for _ in tqdm(range(2), 'out', file=sys.stdout, leave=False):\n    print('in')\n"
+            "    for _ in tqdm(range(2), 'in', file=sys.stdout, leave=False, mininterval=0):\n        pass\n")
+    path = notebook(tmp_path, bar + "print('done')", "1 + 1", bar + bars + "print('end')")
     before = path.read_text()
     run_notebooks([Job(path, "a test", 5)])
     assert path.read_text() == before, "without save the notebook itself stays"
     executed = nbformat.read(tmp_path / "workspace" / "notebooks" / "test.ipynb", as_version=4)
     assert executed.cells[1].outputs[0].text == "done\n"
     assert executed.cells[2].outputs[0].data["text/plain"] == "2"
+    assert executed.cells[3].outputs[0].text == "in\nin\nend\n"
     assert "execution" not in executed.cells[1].metadata and "version" not in executed.metadata.language_info
     shown = capfd.readouterr().err
     assert "ch09_test" in shown and "GB" in shown and "left" in shown

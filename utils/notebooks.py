@@ -21,6 +21,8 @@ from .workspace import atomic_write, short_path, workspace
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT = ("tags", "slideshow", "jupyter", "nbgrader")  # of a cell's metadata; the rest changes from run to run
 BAR = re.compile(r"\d+%\|[^|]*\|")  # a tqdm bar; another output may come before the bar is blanked
+BEFORE_A_LINE = re.compile(r"[^\n|]*\d+%\|[^|\n]*\| [^\s/]+/\S+ \[[^\]\n]*\]")  # a bar, then what a cell printed
+NESTED = re.compile(r"\n\r[^\n]*?\x1b\[A")  # a bar inside another: down a line, the bar, and up again
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -120,7 +122,8 @@ def _tidy(outputs: list) -> list:
         if "data" in output:  # a widget without its kernel is dead: what stays is the picture beside it
             output.data.pop("application/vnd.jupyter.widget-view+json", None)
         if output.output_type == "stream":
-            output.text = "".join(_overwritten(line) for line in re.findall(r"[^\n]*\n|[^\n]+", output.text))
+            lines = re.findall(r"[^\n]*\n|[^\n]+", NESTED.sub("", output.text))
+            output.text = BEFORE_A_LINE.sub("", "".join(map(_overwritten, lines)))
     return [o for o in tidy if o.output_type != "stream" or o.text.strip()]
 
 

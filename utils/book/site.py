@@ -262,7 +262,8 @@ def _figure(figure: Figure, up: str) -> str:
 def _image(figure: Figure, up: str) -> str:
     wide, high = struct.unpack(">II", figure.png[16:24])
     return (f'<img src="{up}_static/figures/{figure.label}.png" alt="{html.escape(figure.alt)}" '
-            f'width="{figure.width}" height="{round(figure.width * high / wide)}" loading="lazy">')
+            f'width="{figure.width}" height="{round(figure.width * high / wide)}" '
+            f'style="--wide:{figure.width}px" loading="lazy">')
 
 
 def _write_figure(figure: Figure, folder: Path) -> None:
@@ -282,7 +283,7 @@ def inline_svg(figure: Figure) -> str:
     width = min(figure.width, WIDEST)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" '
-            f'width="{width}" height="{round(width * high / wide)}" role="img" '
+            f'width="{width}" height="{round(width * high / wide)}" style="--wide:{width}px" role="img" '
             f'aria-label="{html.escape(figure.alt)}">{body}')
 
 
