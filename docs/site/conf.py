@@ -130,6 +130,8 @@ def mark_terms(app, doctree):
 def finish(app, pagename, templatename, context, doctree):
     """Put the figures into the finished page, and the ways to run it."""
     launch = SITE["launch"].get(pagename)
+    if pagename == "index":
+        context["title"], context["docstitle"] = "Bytes to Chat: a language model from scratch", ""
     if body := context.get("body"):
         body = re.sub(r"<!--figure ([\w-]+)-->", lambda found: _svg(found[1]), body)
         context["body"] = body.replace("<!--launch-->", _launch_line(pagename) if launch else "")
@@ -166,7 +168,7 @@ def sitemap(app, error):
 def docstring(app, what, name, obj, options, lines):
     """Plain text with ``x`` marks as reST, and the way back to the section that defines it."""
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines).strip())
-    if what == "module":
+    if what == "module" or paragraphs[0].startswith("Alias for field number"):
         paragraphs = []
     lines[:] = [line for paragraph in paragraphs for line in [*_paragraph(paragraph.splitlines()), ""]]
     if name in SITE["sections"]:

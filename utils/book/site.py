@@ -321,7 +321,7 @@ def _write_api(book: Book, definitions: dict, folder: Path) -> None:
 
 
 def _api_page(part: Part, chapter: str, modules: list[str]) -> str:
-    title = f"{chapter}"
+    title = f"Library of chapter {int(chapter[2:4])}: {chapter}"
     lines = [title, "=" * len(title), ""]
     pages = {page.path.as_posix().replace("/", "."): page for page in part.pages}
     for module in modules:

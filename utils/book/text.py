@@ -33,6 +33,7 @@ from .links import link_book
 FRONT = ("preface", "setup", "notation")
 BACK = ("glossary", "further_reading", "measurements", "house", "teaching", "launch", "changelog")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 CALLOUT = re.compile(r"> \*\*(?P<title>[^*]+?)\.?\*\*\s*(?P<text>.*)", re.S)
 EXERCISE = re.compile(r"\*\*(?P<title>Exercise (?P<number>[A-Z]|\d+\.\d+))\.?\*\*\s*(?P<note>\([^)]*\))?[.\s]*", re.S)
 SOLVED = re.compile(r"Exercise (?P<number>[A-Z]|\d+\.\d+)\b.*")
@@ -111,6 +112,11 @@ def _commit(root: Path) -> str:
 # ---------------------------------------------------------------- one page as blocks
 
 
+def _printed(text: str) -> str:
+    """What a reader sees of an output: no colours, and control characters as the pictures that stand for them."""
+    return CONTROL.sub(lambda m: "\u2421" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), ANSI.sub("", text))
+
+
 def _read_page(root: Path, path: Path, numbers: dict) -> Page:
     relative = path.relative_to(root)
     name = PurePosixPath(relative.with_suffix(""))
@@ -153,13 +159,13 @@ class _Reader:
     def _outputs(self, outputs) -> Iterator[Block]:
         for output in outputs:
             if output.output_type == "stream":
-                yield Output(ANSI.sub("", output.text).strip("\n"), "text")
+                yield Output(_printed(output.text).strip("\n"), "text")
             elif output.output_type == "error":
-                yield Output(ANSI.sub("", "\n".join(output.traceback)), "error")
+                yield Output(_printed("\n".join(output.traceback)), "error")
             elif "image/png" in output.data:
                 yield self._figure(output)
             elif output.data.get("text/plain", "").strip():
-                yield Output(ANSI.sub("", output.data["text/plain"]), "text")
+                yield Output(_printed(output.data["text/plain"]), "text")
 
     def _figure(self, output) -> Figure:
         self.figures += 1

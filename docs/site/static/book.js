@@ -10,6 +10,10 @@ function reachable() {
 new ResizeObserver(reachable).observe(document.documentElement);
 document.fonts.ready.then(reachable);
 
+// Stories and answers are printed in lines too long for a row that means something: on a telephone they may break.
+for (const pre of document.querySelectorAll(".bd-article :is(div.cell_output, div.printed) pre"))
+  if (Math.max(...pre.textContent.split("\n").map(line => line.length)) > 120) pre.classList.add("prose");
+
 // A box that goes on to the right fades there (.more), since telephones show no scroll bar.
 for (const box of document.querySelectorAll(boxes)) {
   const mark = () => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
