@@ -5,8 +5,13 @@ edit the notebook, not this file.
 """
 
 __all__ = [
+    "in_pieces",
+    "few_rows",
     "RowLinear",
-    "lay_out_for_decoding",
+    "prepare_for_decoding",
+    "divide_by_rms",
+    "FusedLayer",
+    "FusedDecoder",
     "quantize_rows",
     "int8_product",
     "Int8Linear",
@@ -28,46 +33,118 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ch04_gpt.gpt import GPT, check_logits, check_prompt, check_sampling, evaluating, keep_likely
+from ch03_attention.attention import KVCache
+from ch04_gpt.gpt import GPT, TransformerBlock, check_logits, check_prompt, check_sampling, evaluating, keep_likely
+
+
+def in_pieces(weight: Tensor) -> Tensor:
+    """A matrix (out, in) cut along its outputs: (4, out / 4, in), or (1, out, in) where four do not divide them."""
+    return weight.reshape(1 if len(weight) % 4 else 4, -1, weight.size(1))
+
+
+def few_rows(x: Tensor, pieces: Tensor) -> Tensor:
+    """x (B, in) times the transpose of a matrix in pieces, as a batch of products W xᵀ: (B, out)."""
+    return torch.bmm(pieces, x.t().expand(len(pieces), -1, -1)).view(-1, len(x)).t()
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that multiplies a single row on a CPU in four pieces, so that the threads can share them.
+    """A linear layer that multiplies up to ``most_rows`` rows on a CPU by ``few_rows``, which all threads share.
 
-    (..., in) -> (..., out), equal to ``nn.Linear`` up to rounding; more rows, or one thread, take its way.
+    (..., in) -> (..., out), equal to ``nn.Linear`` up to rounding; more rows, and other devices, take its way.
     """
+
+    most_rows = 64
 
     @classmethod
     def sharing(cls, linear: nn.Linear) -> "RowLinear":
-        """The same layer with the same parameters; those of one that widens are stored column by column."""
-        if linear.out_features > linear.in_features:
-            linear.weight.data = linear.weight.data.t().contiguous().t()
+        """The same layer with the same parameters."""
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        n_in, n_out, weight = self.in_features, self.out_features, self.weight
-        if x.numel() != n_in or x.device.type != "cpu" or torch.get_num_threads() == 1:
+        rows = x.reshape(-1, x.size(-1))
+        if not 0 < len(rows) <= self.most_rows or x.device.type != "cpu":
             return super().forward(x)
-        if weight.stride(0) == 1 and n_in % 4 == 0:  # by columns: each piece holds some of the inputs
-            y = torch.bmm(x.reshape(4, 1, -1), weight.t().view(4, -1, n_out)).sum(0)
-        elif weight.stride(1) == 1 and n_out % 4 == 0:  # by rows: each piece gives some of the outputs
-            y = torch.bmm(x.reshape(1, 1, -1).expand(4, 1, n_in), weight.view(4, -1, n_in).mT)
-        else:
-            return super().forward(x)
-        y = y.view(*x.shape[:-1], n_out)
+        y = few_rows(rows, in_pieces(self.weight)).contiguous().view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
-@torch.no_grad()
-def lay_out_for_decoding(model: nn.Module) -> nn.Module:
+def prepare_for_decoding(model: nn.Module) -> nn.Module:
     """Make every linear layer inside a model a ``RowLinear``, in place; names and values stay. Returns the model."""
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Linear:
                 setattr(module, name, RowLinear.sharing(layer))
     return model
+
+
+def divide_by_rms(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its weight, x (B, D) -> (B, D); for a single row the root is taken in Python."""
+    if len(x) == 1:
+        return x * (torch.dot(x[0], x[0]).item() / x.size(1) + eps) ** -0.5
+    return x * torch.linalg.vecdot(x, x).div_(x.size(1)).add_(eps).rsqrt_()[:, None]
+
+
+class FusedLayer:
+    """A layer of a Llama for one new token in each text, in few operations: a ``TransformerBlock``, written out."""
+
+    @torch.no_grad()
+    def __init__(self, block: TransformerBlock):
+        attention, mlp = block.attention, block.mlp
+        self.rope, self.head_dim, self.n_heads = attention.rope, attention.head_dim, attention.n_heads
+        self.n_kv_heads, self.d_ff, self.eps = attention.n_kv_heads, mlp.w_down.in_features, block.norm1.eps
+        gate_up = torch.cat([mlp.w_gate.weight, mlp.w_up.weight])
+        self.w_qkv = in_pieces(attention.w_qkv.weight * block.norm1.weight)
+        self.w_out = in_pieces(attention.out_proj.weight)
+        self.w_gate_up = in_pieces(gate_up * block.norm2.weight)
+        self.w_down = in_pieces(mlp.w_down.weight)
+
+    def __call__(self, x: Tensor, cache: KVCache) -> Tensor:
+        """x (B, D) -> (B, D)."""
+        n, matched = len(x), self.n_heads + self.n_kv_heads
+        heads = few_rows(divide_by_rms(x, self.eps), self.w_qkv).contiguous().view(n, -1, 1, self.head_dim)
+        query, key = self.rope.rotate(heads[:, :matched], cache.length).tensor_split((self.n_heads,), dim=1)
+        key, value = cache.append(key, heads[:, matched:])
+        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.n_heads != self.n_kv_heads)
+        x = x + few_rows(mixed.reshape(n, -1), self.w_out)
+        gate, up = few_rows(divide_by_rms(x, self.eps), self.w_gate_up).tensor_split(2, dim=1)
+        hidden = torch.mul(F.silu(gate), up, out=x.new_empty(n, self.d_ff))  # row by row in memory again
+        return x + few_rows(hidden, self.w_down)
+
+
+class FusedDecoder(nn.Module):
+    """A model of Llama's kind that takes single steps on a CPU through ``FusedLayer``; for ``generate``.
+
+    The layers hold copies of the weights as they are now: make a new one after training. ``ValueError`` for a
+    model with other parts than RMSNorm, SwiGLU and RoPE, with biases, QK-norm or a window.
+    """
+
+    wanted = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False, "qk_norm": False, "window": None}
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        other = {name: getattr(model.config, name) for name, value in self.wanted.items()
+                 if getattr(model.config, name) != value}
+        if other:
+            raise ValueError(f"FusedDecoder is written for {self.wanted}; this model has {other}. Use the model "
+                             "itself, or prepare_for_decoding(model).")
+        self.model, self.config, self.lm_head = model, model.config, model.lm_head
+        self.layers = [FusedLayer(block) for block in model.blocks]
+
+    def new_cache(self, padding: Tensor | None = None) -> list[KVCache]:
+        """An empty cache, as the model's."""
+        return self.model.new_cache(padding)
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: Tensor, cache: list[KVCache]) -> Tensor:
+        """Ids (B, T) that continue what the cache has seen -> the normed stream (B, T, D)."""
+        if token_ids.size(1) != 1 or token_ids.device.type != "cpu" or cache[0].padding is not None:
+            return self.model.hidden_states(token_ids, cache)
+        x = self.model.token_embedding(token_ids[:, 0])
+        for layer, part in zip(self.layers, cache, strict=True):
+            x = layer(x, part)
+        return (divide_by_rms(x, self.model.norm.eps) * self.model.norm.weight)[:, None]
 
 
 def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -85,12 +162,12 @@ def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def int8_product(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
-    """x (..., in) times a quantised matrix (out, in): (..., out), in the type of x.
+    """x (B, in) times a quantised matrix (out, in): (B, out), in the type of x.
 
     The integers become floating-point numbers a slice at a time, small enough to stay in the cache.
     """
     rows = max(1, 2**20 // integers.size(1))
-    slices = [F.linear(x, part.to(x.dtype)) for part in integers.split(rows)]
+    slices = [few_rows(x, in_pieces(part.to(x.dtype))) for part in integers.split(rows)]
     return torch.cat(slices, dim=-1) * scale
 
 

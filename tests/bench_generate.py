@@ -2,7 +2,7 @@
 
 import torch
 
-from ch04_gpt.fast_generation import lay_out_for_decoding, quantize_int8
+from ch04_gpt.fast_generation import FusedDecoder, prepare_for_decoding, quantize_int8
 from ch04_gpt.gpt import GPT, PRESETS, GPTConfig, flops_per_token, generate, llama_style
 from tests.bench_limits import limit
 from tests.bench_peers import book, book_llama, smollm2, transformers_llama, transformers_smollm2
@@ -13,6 +13,7 @@ LONG = llama_style(1024, 1100, 256, 4, 4, d_ff=688)
 SMOLLM2 = PRESETS["smollm2-135m"]
 PROMPT = 16
 INT8 = f"{COURSE}, int8 weights"
+MODULES = f"{COURSE}, module by module"
 
 
 def rows(quick: bool = False) -> list[Row | Growth]:
@@ -39,7 +40,8 @@ def rows(quick: bool = False) -> list[Row | Growth]:
 def small_row(batch: int, n: int) -> Row:
     texts = "one text" if batch == 1 else f"{batch} texts at once"
     return Row(f"Write {n} tokens, {texts}, a Llama of 4 layers, width 256", __name__,
-               {COURSE: "small_ours", "transformers": "small_transformers", "llms-from-scratch": "small_book"},
+               {COURSE: "small_ours", MODULES: "small_plain", "transformers": "small_transformers",
+                "llms-from-scratch": "small_book"},
                (batch, n), batch * n, "tokens", [Aim("times", 2.0)],
                {"reading the weights, float32": limit("read_memory", (size_of(SMALL), n * size_of(SMALL)))})
 
@@ -75,7 +77,12 @@ def write_with_transformers(model, n: int, ids: torch.Tensor):
 
 def small_ours(argument):
     batch, n = argument
-    return write(lay_out_for_decoding(GPT(SMALL)), n, prompt(SMALL, batch=batch))
+    return write(FusedDecoder(prepare_for_decoding(GPT(SMALL))), n, prompt(SMALL, batch=batch))
+
+
+def small_plain(argument):
+    batch, n = argument
+    return write(prepare_for_decoding(GPT(SMALL)), n, prompt(SMALL, batch=batch))
 
 
 def small_transformers(argument):
@@ -93,7 +100,7 @@ def small_book(argument):
 
 
 def smollm2_ours(n):
-    return write(lay_out_for_decoding(smollm2()), n, prompt(SMOLLM2))
+    return write(prepare_for_decoding(smollm2()), n, prompt(SMOLLM2))
 
 
 def smollm2_plain(n):
@@ -120,7 +127,7 @@ def first_transformers(n):
 
 
 def write_cached(n):
-    model, ids = lay_out_for_decoding(GPT(LONG)), prompt(LONG)
+    model, ids = prepare_for_decoding(GPT(LONG)), prompt(LONG)
     generate(model, ids, 8, temperature=0)
     return lambda: generate(model, ids, round(n), temperature=0)
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from ch04_gpt.fast_generation import (
     DraftModel,
+    FusedDecoder,
     Int8Linear,
     RowLinear,
     accept_draft,
     int8_product,
-    lay_out_for_decoding,
     lookup_draft,
     next_distribution,
+    prepare_for_decoding,
     quantize_int8,
     quantize_rows,
     speculative_generate,
@@ -38,21 +39,20 @@ def same_distribution(counts, expected, n):
     return ((counts / n - expected).abs() <= 4 * error + 1e-4).all()
 
 
-# ---------------------------------------------------------------- the layout
+# ---------------------------------------------------------------- few rows at a time
 
 
 @CONFIGS
-def test_another_layout_is_the_same_model(config, tmp_path):
+def test_a_model_prepared_is_the_same_model(config, tmp_path):
     model, ids = lively(config), tokens(3, 20)
     before, text = model(ids), generate(model, ids, 15, temperature=0)
     names = {name: parameter.shape for name, parameter in model.named_parameters()}
     for _ in range(2):  # twice is as once
-        assert lay_out_for_decoding(model) is model
+        assert prepare_for_decoding(model) is model
         torch.testing.assert_close(model(ids), before, atol=1e-4, rtol=1e-4)
     assert torch.equal(generate(model, ids, 15, temperature=0), text)
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == names
-    assert model.blocks[0].mlp.w_up.weight.stride() == (1, config.d_ff)
-    assert model.blocks[0].mlp.w_down.weight.stride() == (config.d_ff, 1)  # narrowing: as it was
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert (model.lm_head.weight is model.token_embedding.weight) is config.tie_embeddings
     model(ids).sum().backward()  # it can still be trained
     other = GPT(config)
@@ -69,40 +69,76 @@ def two_threads():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("n_in", "n_out", "in_pieces"), [(8, 12, True), (12, 8, True), (8, 8, True), (6, 9, False),
-                                                          (9, 6, False), (1, 4, True), (4, 1, False)])
-def test_a_single_row_in_pieces_is_the_same_product(two_threads, monkeypatch, n_in, n_out, in_pieces, bias):
+@pytest.mark.parametrize(("n_in", "n_out", "n_pieces"), [(8, 12, 4), (12, 8, 4), (6, 9, 1), (9, 6, 1), (1, 4, 4),
+                                                         (4, 1, 1)])
+def test_a_few_rows_in_pieces_are_the_same_product(monkeypatch, n_in, n_out, n_pieces, bias):
     linear = torch.nn.Linear(n_in, n_out, bias=bias)
     layer = RowLinear.sharing(linear)
     assert layer.weight is linear.weight and layer.bias is linear.bias
     calls, product = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *both: calls.append(both) or product(*both))
-    for shape in [(n_in,), (1, n_in), (1, 1, n_in), (3, n_in), (2, 1, n_in)]:
+    monkeypatch.setattr(torch, "bmm", lambda *both: calls.append(both[0].shape) or product(*both))
+    few = [(n_in,), (1, n_in), (1, 1, n_in), (3, n_in), (2, 1, n_in), (2, 8, n_in)]
+    for shape in [*few, (65, n_in), (0, n_in), (5, 13, n_in)]:
         x = torch.randn(shape, requires_grad=True)
         ours, theirs = layer(x), linear(x)
+        assert ours.is_contiguous()
         torch.testing.assert_close(ours, theirs)
         grad = torch.randn_like(ours)
         for a, b in zip(torch.autograd.grad(ours, (x, layer.weight), grad),
                         torch.autograd.grad(theirs, (x, layer.weight), grad), strict=True):
             torch.testing.assert_close(a, b)
-    assert len(calls) == 3 * in_pieces  # for the three single rows only
-    torch.set_num_threads(1)
-    layer(torch.randn(1, n_in))
-    assert len(calls) == 3 * in_pieces
+    expected = [(n_pieces, n_out // n_pieces, n_in)] * len(few)
+    assert calls == expected
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(1, 2 * n_in))
 
 
-def test_a_model_laid_out_writes_the_same_on_two_threads(two_threads):
+def test_a_model_prepared_writes_the_same_on_two_threads(two_threads):
     for config in (GPT2, LLAMA):
         model, ids = lively(config), tokens(1, 20)
         text = generate(model, ids, 20, temperature=0)
-        assert torch.equal(generate(lay_out_for_decoding(model), ids, 20, temperature=0), text)
+        assert torch.equal(generate(prepare_for_decoding(model), ids, 20, temperature=0), text)
         assert sum(type(module) is RowLinear for module in model.modules()) > 4
 
 
-def test_another_layout_can_be_saved(tmp_path):
-    model, ids = lay_out_for_decoding(lively(LLAMA)), tokens(1, 9)
+def test_a_model_prepared_can_be_saved(tmp_path):
+    model, ids = prepare_for_decoding(lively(LLAMA)), tokens(1, 9)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- a step in few calls
+
+
+@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, n_kv_heads=6, d_ff=82, tie_embeddings=False)])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_fused_steps_are_the_model_s(config, batch):
+    model, ids = lively(config), tokens(batch, 20)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 2.0)  # what is multiplied into the matrices must show
+    fused, ours, theirs = FusedDecoder(model), model.new_cache(), model.new_cache()
+    for new in (ids[:, :7], *ids[:, 7:].split(1, dim=1)):
+        torch.testing.assert_close(fused.lm_head(fused.hidden_states(new, ours)), model(new, theirs),
+                                   atol=1e-4, rtol=1e-4)
+    assert [part.length for part in ours] == [20] * config.n_layers
+    assert torch.equal(generate(fused, ids[:, :1], 30, temperature=0), generate(model, ids[:, :1], 30, temperature=0))
+
+
+def test_a_fused_decoder_leaves_padded_texts_and_the_model_alone():
+    model, padding = lively(LLAMA), torch.tensor([3, 0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = tokens(2, 9)
+    expected = generate(model, ids, 12, temperature=0, padding=padding)
+    assert torch.equal(generate(FusedDecoder(model), ids, 12, temperature=0, padding=padding), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("config", "said"), [(GPT2, "layernorm"), (WINDOW, "'window': 9"),
+                                              (dataclasses.replace(LLAMA, qk_norm=True), "'qk_norm': True")])
+def test_a_model_of_another_kind_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        FusedDecoder(lively(config))
 
 
 # ---------------------------------------------------------------- eight bits
@@ -136,7 +172,7 @@ def test_bits_that_do_not_fit(bits):
 @pytest.mark.parametrize("shape", [(5, 7), (3000, 64), (4, 2**21)])  # the last: rows longer than a slice
 def test_a_product_in_slices_equals_the_product(shape):
     integers = torch.randint(-127, 128, shape, dtype=torch.int8)
-    scale, x = torch.rand(shape[0], dtype=torch.float64), torch.randn(2, 3, shape[1], dtype=torch.float64)
+    scale, x = torch.rand(shape[0], dtype=torch.float64), torch.randn(6, shape[1], dtype=torch.float64)
     expected = x @ (integers * scale[:, None]).T
     torch.testing.assert_close(int8_product(x, integers, scale), expected)
 
@@ -192,7 +228,7 @@ def test_a_quantised_model_generates_through_the_same_function(config):
 def test_a_model_laid_out_for_decoding_can_be_quantised():
     model, ids = lively(LLAMA), tokens(1, 12)
     expected = generate(quantize_int8(model), ids, 20, temperature=0)
-    assert torch.equal(generate(quantize_int8(lay_out_for_decoding(model)), ids, 20, temperature=0), expected)
+    assert torch.equal(generate(quantize_int8(prepare_for_decoding(model)), ids, 20, temperature=0), expected)
 
 
 def test_the_fallback_makes_prefill_and_steps_agree(monkeypatch):
