@@ -91,12 +91,11 @@ import operator
 import random
 import re
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -595,7 +594,8 @@ def shingles(text: str, shingle: int = 5) -> set[str]:
     """
     check_at_least_one(shingle=shingle)
     words = words_of(text)
-    return {" ".join(words[i:i + shingle]) for i in range(max(len(words) - shingle + 1, 1))}
+    runs = zip(*(words[i:] for i in range(shingle)), strict=False)  # as long as the last of them
+    return set(map(" ".join, runs)) or {" ".join(words)}
 
 
 def jaccard(a: set, b: set) -> float:
@@ -648,17 +648,14 @@ def hash_shingles(texts: Sequence[str], shingle: int = 5) -> tuple[np.ndarray, n
     numbers (n_shingles,) uint64, a repeated shingle as often as it occurs; starts (n_texts + 1,): text i has
     numbers[starts[i]:starts[i + 1]]. A text of fewer words is filled up with empty ones: it has one shingle.
     """
-    words, lengths = array("Q"), []
-    for text in texts:
-        found = words_of(text)
-        found += [""] * (shingle - len(found))
-        words.extend(map(NUMBER_OF.__getitem__, found))
-        lengths.append(len(found))
-    words, ends = np.array(words, dtype=np.uint64), np.cumsum([0, *lengths])
+    filled = [found + [""] * (shingle - len(found)) for found in map(words_of, texts)]
+    ends = np.cumsum([0, *map(len, filled)])
+    words = np.fromiter(map(NUMBER_OF.__getitem__, chain.from_iterable(filled)), np.uint64, ends[-1])
     n = max(len(words) - shingle + 1, 0)  # windows, also those across two texts
     numbers, inside = np.zeros(n, dtype=np.uint64), np.ones(len(words), dtype=bool)
     for offset in range(shingle):
-        numbers = numbers * ODD + words[offset:offset + n]  # wraps modulo 2**64, on purpose
+        numbers *= ODD
+        numbers += words[offset:offset + n]  # wraps modulo 2**64, on purpose
     for offset in range(1, shingle):
         inside[ends[1:] - offset] = False
     return mix_bits(numbers[inside[:n]]), ends - np.arange(len(ends)) * (shingle - 1)
@@ -684,11 +681,13 @@ def minhash_batch(texts: Sequence[str], n_perm: int = 128, shingle: int = 5) -> 
         raise TypeError("minhash_batch takes a list of texts and got one str; use minhash(text) or [text].")
     check_at_least_one(n_perm=n_perm, shingle=shingle)
     texts = list(texts)
-    signatures = np.empty((len(texts), n_perm), dtype=np.uint64)
+    signatures = np.empty((n_perm, len(texts)), dtype=np.uint64).T  # in memory, shuffle by shuffle, as bands read it
     for block in text_blocks(texts):
         numbers, starts = hash_shingles(texts[block], shingle)
         for k, (factor, summand) in enumerate(zip(*shuffles(n_perm), strict=True)):
-            signatures[block, k] = np.minimum.reduceat(numbers * factor + summand, starts[:-1])
+            shuffled = numbers * factor
+            shuffled += summand
+            signatures[block, k] = np.minimum.reduceat(shuffled, starts[:-1])
     return signatures
 
 
@@ -796,7 +795,7 @@ def group_signatures(ids: Sequence[str], signatures: np.ndarray, threshold: floa
     labels = np.arange(len(ids))
     for band in range(bands):
         keys = band_keys(signatures, band, rows)
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys)
         keys = keys[order]
         for distance in count(1):  # neighbours in the bucket first, then those two apart, ...
             order, keys = open_buckets(order, keys, labels)

@@ -83,7 +83,7 @@ def divide_by_rms(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without its weight, x (B, D) -> (B, D); for a single row the root is taken in Python."""
     if len(x) == 1:
         return x * (torch.dot(x[0], x[0]).item() / x.size(1) + eps) ** -0.5
-    return x * torch.linalg.vecdot(x, x).div_(x.size(1)).add_(eps).rsqrt_()[:, None]
+    return F.rms_norm(x, (x.size(1),), eps=eps)
 
 
 class FusedLayer:
@@ -93,7 +93,7 @@ class FusedLayer:
     def __init__(self, block: TransformerBlock):
         attention, mlp = block.attention, block.mlp
         self.rope, self.head_dim, self.n_heads = attention.rope, attention.head_dim, attention.n_heads
-        self.n_kv_heads, self.d_ff, self.eps = attention.n_kv_heads, mlp.w_down.in_features, block.norm1.eps
+        self.n_kv_heads, self.eps = attention.n_kv_heads, block.norm1.eps
         gate_up = torch.cat([mlp.w_gate.weight, mlp.w_up.weight])
         self.w_qkv = in_pieces(attention.w_qkv.weight * block.norm1.weight)
         self.w_out = in_pieces(attention.out_proj.weight)
@@ -109,7 +109,9 @@ class FusedLayer:
         mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.n_heads != self.n_kv_heads)
         x = x + few_rows(mixed.reshape(n, -1), self.w_out)
         gate, up = few_rows(divide_by_rms(x, self.eps), self.w_gate_up).tensor_split(2, dim=1)
-        hidden = torch.mul(F.silu(gate), up, out=x.new_empty(n, self.d_ff))  # row by row in memory again
+        hidden = F.silu(gate).mul_(up)
+        if n < 16:  # so few are multiplied several times as fast if each row lies in one piece of memory
+            hidden = hidden.contiguous()
         return x + few_rows(hidden, self.w_down)
 
 

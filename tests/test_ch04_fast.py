@@ -111,7 +111,7 @@ def test_a_model_prepared_can_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, n_kv_heads=6, d_ff=82, tie_embeddings=False)])
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2, 5, 17])
 def test_fused_steps_are_the_model_s(config, batch):
     model, ids = lively(config), tokens(batch, 20)
     for name, parameter in model.named_parameters():
