@@ -375,15 +375,15 @@ class MultiHeadAttention(nn.Module):
         """x (B, T, D) -> query (B, H, T, d), key and value (B, K, T, d), positions from ``start`` on."""
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, positions, {self.d_model}).")
-        n_matched = self.n_heads + self.n_kv_heads  # queries and keys, turned together since that is faster
         heads = self.w_qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, d)
-        matched, value = heads[:, :n_matched], heads[:, n_matched:]
+        matched, value = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
         if self.qk_norm:
-            query, key = matched[:, : self.n_heads], matched[:, self.n_heads :]
+            query, key = matched.split([self.n_heads, self.n_kv_heads], dim=1)
             matched = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
-        if self.rope is not None:
+        if self.rope is not None:  # queries and keys are turned together since that is faster
             matched = self.rope.rotate(matched, start)
-        return matched[:, : self.n_heads], matched[:, self.n_heads :], value
+        query, key = matched.split([self.n_heads, self.n_kv_heads], dim=1)
+        return query, key, value
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). With a cache, x is the continuation of what the cache has seen."""

@@ -25,6 +25,25 @@ def pytest_collection_modifyitems(items):
             item.parent.skip_compare = {*item.parent.skip_compare, VECTOR}
 
 
+def starting_again(start, tries: int = 3):
+    """``start``, tried again when the kernel dies at once: another worker's kernel may have taken one of its ports."""
+    def start_patiently(*arguments, **named):
+        for _ in range(tries - 1):
+            try:
+                return start(*arguments, **named)
+            except RuntimeError as error:
+                if "died" not in str(error):
+                    raise
+        return start(*arguments, **named)
+    return start_patiently
+
+
+def pytest_configure():
+    import nbval.kernel
+
+    nbval.kernel.start_new_kernel = starting_again(nbval.kernel.start_new_kernel)
+
+
 @pytest.fixture
 def scratch(tmp_path):
     """A copy of the course without its history and workspace."""

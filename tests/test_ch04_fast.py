@@ -15,6 +15,8 @@ from ch04_gpt.fast_generation import (
     Int8Linear,
     RowLinear,
     accept_draft,
+    divide_by_rms,
+    in_pieces,
     int8_product,
     lookup_draft,
     next_distribution,
@@ -43,7 +45,7 @@ def same_distribution(counts, expected, n):
 
 
 @CONFIGS
-def test_a_model_prepared_is_the_same_model(config, tmp_path):
+def test_a_model_prepared_is_the_same_model(config):
     model, ids = lively(config), tokens(3, 20)
     before, text = model(ids), generate(model, ids, 15, temperature=0)
     names = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -77,7 +79,7 @@ def test_a_few_rows_in_pieces_are_the_same_product(monkeypatch, n_in, n_out, n_p
     assert layer.weight is linear.weight and layer.bias is linear.bias
     calls, product = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *both: calls.append(both[0].shape) or product(*both))
-    few = [(n_in,), (1, n_in), (1, 1, n_in), (3, n_in), (2, 1, n_in), (2, 8, n_in)]
+    few = [(n_in,), (1, n_in), (1, 1, n_in), (3, n_in), (2, 1, n_in), (8, 8, n_in)]
     for shape in [*few, (65, n_in), (0, n_in), (5, 13, n_in)]:
         x = torch.randn(shape, requires_grad=True)
         ours, theirs = layer(x), linear(x)
@@ -87,10 +89,12 @@ def test_a_few_rows_in_pieces_are_the_same_product(monkeypatch, n_in, n_out, n_p
         for a, b in zip(torch.autograd.grad(ours, (x, layer.weight), grad),
                         torch.autograd.grad(theirs, (x, layer.weight), grad), strict=True):
             torch.testing.assert_close(a, b)
-    expected = [(n_pieces, n_out // n_pieces, n_in)] * len(few)
-    assert calls == expected
+    assert calls == [(n_pieces, n_out // n_pieces, n_in)] * len(few)
+    assert in_pieces(layer.weight).data_ptr() == layer.weight.data_ptr()  # no weight was moved
+    layer.to("meta")(torch.empty(1, n_in, device="meta"))
+    assert len(calls) == len(few)  # other devices have their own ways
     with pytest.raises(RuntimeError):
-        layer(torch.randn(1, 2 * n_in))
+        RowLinear(n_in, n_out)(torch.randn(1, 2 * n_in))
 
 
 def test_a_model_prepared_writes_the_same_on_two_threads(two_threads):
@@ -110,8 +114,9 @@ def test_a_model_prepared_can_be_saved(tmp_path):
 # ---------------------------------------------------------------- a step in few calls
 
 
-@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, n_kv_heads=6, d_ff=82, tie_embeddings=False)])
-@pytest.mark.parametrize("batch", [1, 2, 5, 17])
+@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, n_kv_heads=6, d_ff=81, tie_embeddings=False),
+                                    dataclasses.replace(LLAMA, head_dim=12, norm_eps=0.1, dropout=0.2)])
+@pytest.mark.parametrize("batch", [1, 2, 15, 16])
 def test_fused_steps_are_the_model_s(config, batch):
     model, ids = lively(config), tokens(batch, 20)
     for name, parameter in model.named_parameters():
@@ -123,6 +128,26 @@ def test_fused_steps_are_the_model_s(config, batch):
                                    atol=1e-4, rtol=1e-4)
     assert [part.length for part in ours] == [20] * config.n_layers
     assert torch.equal(generate(fused, ids[:, :1], 30, temperature=0), generate(model, ids[:, :1], 30, temperature=0))
+
+
+def test_a_fused_decoder_stands_in_for_a_model_wherever_texts_are_written(two_threads):
+    model, ids = lively(LLAMA), tokens(1, 20)
+    fused = FusedDecoder(prepare_for_decoding(model))
+    for options in ({}, {"rolling": True}, {"stop_ids": [3, 5]}):
+        n = 150 if options.get("rolling") else 60
+        assert torch.equal(generate(fused, ids, n, temperature=0, **options),
+                           generate(model, ids, n, temperature=0, **options))
+    assert torch.equal(speculative_generate(fused, ids, 60, temperature=0), generate(model, ids, 60, temperature=0))
+    with pytest.raises(ValueError, match="shorten the text"):
+        cache = fused.new_cache()
+        fused(tokens(1, 128), cache)
+        fused(tokens(1, 1), cache)
+
+
+def test_one_row_in_half_precision_does_not_overflow():
+    x = torch.full((1, 256), 100.0)
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        torch.testing.assert_close(divide_by_rms(x.to(kind), 1e-5), torch.ones(1, 256, dtype=kind))
 
 
 def test_a_fused_decoder_leaves_padded_texts_and_the_model_alone():
@@ -139,6 +164,11 @@ def test_a_fused_decoder_leaves_padded_texts_and_the_model_alone():
 def test_a_model_of_another_kind_is_refused(config, said):
     with pytest.raises(ValueError, match=said):
         FusedDecoder(lively(config))
+
+
+def test_a_quantised_model_is_refused():
+    with pytest.raises(ValueError, match="Int8Linear"):
+        FusedDecoder(quantize_int8(lively(LLAMA)))
 
 
 # ---------------------------------------------------------------- eight bits
@@ -169,7 +199,7 @@ def test_bits_that_do_not_fit(bits):
         quantize_rows(torch.ones(2, 2), bits)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (3000, 64), (4, 2**21)])  # the last: rows longer than a slice
+@pytest.mark.parametrize("shape", [(5, 7), (3000, 64), (2500, 1024), (3000, 1000), (4, 2**21)])
 def test_a_product_in_slices_equals_the_product(shape):
     integers = torch.randint(-127, 128, shape, dtype=torch.int8)
     scale, x = torch.rand(shape[0], dtype=torch.float64), torch.randn(6, shape[1], dtype=torch.float64)
@@ -225,7 +255,7 @@ def test_a_quantised_model_generates_through_the_same_function(config):
     next(generate_tokens(small, ids, 3, top_p=0.9))
 
 
-def test_a_model_laid_out_for_decoding_can_be_quantised():
+def test_a_model_prepared_for_decoding_can_be_quantised():
     model, ids = lively(LLAMA), tokens(1, 12)
     expected = generate(quantize_int8(model), ids, 20, temperature=0)
     assert torch.equal(generate(quantize_int8(prepare_for_decoding(model)), ids, 20, temperature=0), expected)

@@ -9,7 +9,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, starting_again
 
 import course
 from utils.export import ExportError, chapter_notebooks, export_all, module_source
@@ -116,6 +116,12 @@ def test_headings_do_not_skip_levels(path):
     levels = [len(m.group(1)) for m in re.finditer(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.S), re.M)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+@pytest.mark.parametrize("path", MAIN + DEEP_DIVES, ids=name_of)
+def test_sections_are_numbered_without_gaps(path):
+    numbers = [int(n) for n in re.findall(r"^## (?:\d+\.)?(\d+)\b", prose(path), re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 3
 
 
 @pytest.mark.parametrize("path", MAIN, ids=name_of)
@@ -288,6 +294,21 @@ def test_a_stale_module_is_announced_to_the_next_chapter(scratch):
 
 
 # ---------------------------------------------------------------- the runner
+
+
+def test_a_kernel_that_dies_at_its_start_is_started_again():
+    tries = []
+
+    def start(name, last):
+        tries.append(name)
+        if len(tries) < last:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return "a kernel"
+
+    assert starting_again(start)("python", last=3) == "a kernel" and len(tries) == 3
+    with pytest.raises(RuntimeError, match="died"):
+        starting_again(start)("python", last=9)
+    assert len(tries) == 6
 
 
 def test_runner_executes_and_saves_tidy_outputs(tmp_path, monkeypatch, capfd):
