@@ -48,7 +48,7 @@ def markdown_to_typst(fields: Sequence[str], pandoc: str, lua_filter: Path) -> l
 
 def _indexed(text: str) -> str:
     """Marks for the index as raw Typst, which pandoc hands through."""
-    return INDEX_MARK.sub(lambda m: f"`` #ix({typst_string(m[1])}); ``{{=typst}}", text)
+    return INDEX_MARK.sub(lambda m: f"``#ix({typst_string(m[1])});``{{=typst}}", text)
 
 
 def _fitted(match: re.Match) -> str:
