@@ -13,6 +13,12 @@ from pathlib import PurePosixPath
 from .citations import Reference
 
 INDEX = "\ue000{}\ue001"  # a mark for the index, in front of words that stand for a term
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def picture_controls(text: str) -> str:
+    """Control characters, which no font shows and HTML forbids, become the pictures that stand for them."""
+    return CONTROL.sub(lambda m: "\u2421" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), text)
 
 
 @dataclass(frozen=True)

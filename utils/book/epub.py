@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..workspace import atomic_write
+from .blocks import picture_controls
 from .cover import Cover
 from .pdf import cover_png
 from .text import Book, Callout, Code, Equation, Exercise, Figure, Heading, Output, Page, Prose
@@ -123,7 +124,7 @@ def _plain_text(text: str) -> str:
 
 
 def _fence(text: str, classes: str) -> str:
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", _unmarked(text))
+    text = picture_controls(_unmarked(text))
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{ticks} {{{classes}}}\n{text}\n{ticks}"
 

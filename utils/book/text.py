@@ -26,6 +26,7 @@ from .blocks import (
     Prose,
     first_title,
     label_of,
+    picture_controls,
 )
 from .figures import picture
 from .links import link_book
@@ -33,7 +34,6 @@ from .links import link_book
 FRONT = ("preface", "setup", "notation")
 BACK = ("glossary", "further_reading", "measurements", "house", "teaching", "launch", "changelog")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 CALLOUT = re.compile(r"> \*\*(?P<title>[^*]+?)\.?\*\*\s*(?P<text>.*)", re.S)
 EXERCISE = re.compile(r"\*\*(?P<title>Exercise (?P<number>[A-Z]|\d+\.\d+))\.?\*\*\s*(?P<note>\([^)]*\))?[.\s]*", re.S)
 SOLVED = re.compile(r"Exercise (?P<number>[A-Z]|\d+\.\d+)\b.*")
@@ -113,8 +113,8 @@ def _commit(root: Path) -> str:
 
 
 def _printed(text: str) -> str:
-    """What a reader sees of an output: no colours, and control characters as the pictures that stand for them."""
-    return CONTROL.sub(lambda m: "\u2421" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), ANSI.sub("", text))
+    """What a reader sees of an output: no colours, nothing that no font shows."""
+    return picture_controls(ANSI.sub("", text))
 
 
 def _read_page(root: Path, path: Path, numbers: dict) -> Page:

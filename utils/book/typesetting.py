@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from .blocks import picture_controls
+
 COLUMNS = 120  # letters of code on a line of the printed page, at the size that book.typ sets
 READER = "gfm+raw_attribute+tex_math_dollars+footnotes-smart-autolink_bare_uris"
 INDEX_MARK = re.compile("\ue000(.*?)\ue001", re.S)
@@ -23,8 +25,7 @@ _FENCED = re.compile(r'#fenced\("((?:[^"\\]|\\.)*)", "((?:[^"\\]|\\.)*)"\)')
 def typst_string(text: str) -> str:
     """A Typst string literal; control characters, which no font shows, become their visible pictures."""
     text = INDEX_MARK.sub("", text).expandtabs(4).encode("utf-8", "replace").decode("utf-8")
-    text = re.sub(r"[\x00-\x09\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), text).replace("\x7f", "\u2421")
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return '"' + picture_controls(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def markdown_to_typst(fields: Sequence[str], pandoc: str, lua_filter: Path) -> list[str]:
