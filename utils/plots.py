@@ -30,7 +30,8 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#1499F8", "#7E5000", "#0
 GREY = "#595959"
 VECTOR = "application/vnd.bytes-to-chat.svg+gzip"  # a figure for the book, base64 of a gzipped SVG
 STYLE = {
-    "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=["-", "--", "-.", ":", "-", "--", "-."]),
+    "axes.prop_cycle": cycler(color=PALETTE) + cycler(
+        linestyle=["-", "--", "-.", ":", (0, (9, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 1))]),
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
     "axes.titlesize": 11, "axes.labelsize": 10, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "lines.linewidth": 1.8, "legend.frameon": False,
