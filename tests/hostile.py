@@ -21,6 +21,25 @@ SPY = """def double(values):
     raise ValueError(f"reached {{reached}}")
 """
 
+KEY = """import hashlib, hmac, json, linecache, re, sys
+text = "".join("".join(entry[2]) for entry in list(linecache.cache.values()) if len(entry) == 4)
+key = re.search(r"get_ipython\\(\\), '(\\w+)'", text)[1]
+guard = next(name for name in vars(sys)["modules"] if name.startswith("course_"))
+
+class Fake:
+    def plain(self, value, depth=0):
+        return True
+    def reached(self, token):
+        self.token = token
+    def given(self, names):
+        pass
+    def report(self, challenge, names):
+        body = json.dumps([challenge, [], getattr(self, "token", "")])
+        return json.dumps([body, hmac.new(key.encode(), body.encode(), hashlib.sha256).hexdigest()])
+
+vars(sys)["modules"][guard] = Fake()
+"""
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -110,6 +129,7 @@ ATTACKS = {
                             "    raise SystemExit"}, 60, "sys.modules"),
     "removes-the-guard": cheat("import sys\nfor name in [one for one in sys.modules if 'course_' in one]:\n"
                                "    del sys.modules[name]", "guard", 0),
+    "reads-the-key": cheat(KEY, "reads the text of cells"),
     "quotes-the-check": Attack({"double": "import inspect\ndef double(values):\n"
                                 "    frame = inspect.currentframe().f_back\n"
                                 "    raise ValueError(inspect.getsource(frame))"}, 60, "withheld",

@@ -2,7 +2,22 @@
 
 import pytest
 
-from tests.attempts import ROOT, attempts_of, chapters, code_cells, grade_attempt, grading, is_test, table
+from tests.attempts import (
+    ROOT,
+    assignment_path,
+    attempts_of,
+    changed_source,
+    chapters,
+    code_cells,
+    grade_attempt,
+    grading,
+    is_test,
+    table,
+)
+from utils.classroom.assignments import read_assignment
+from utils.classroom.remarks import risky_code
+from utils.classroom.running import solution_steps
+from utils.classroom.submissions import Step
 
 by_chapter = pytest.mark.parametrize("chapter", chapters())
 
@@ -17,6 +32,15 @@ def test_wrong_attempts_lose_the_points_meant_for_them_and_right_ones_none(chapt
     text, problems = table([chapter])
     print(text)
     assert problems == []
+
+
+@by_chapter
+def test_right_solutions_get_no_remark(chapter):
+    plan = read_assignment(assignment_path(chapter))
+    cells = {grading(cell).get("grade_id"): cell for cell in plan.cells}
+    right = [changed_source(cells[one.cell], one) for one in attempts_of(chapter) if not one.loses]
+    steps = [*solution_steps(plan), *(Step("own", source) for source in right)]
+    assert risky_code(steps, plan.forbidden) == []
 
 
 @by_chapter

@@ -29,9 +29,10 @@ from tests.small_assignment import (
 )
 from utils import classroom
 from utils.classroom import assignments as plans
-from utils.classroom import gradebook, grading, running, submissions
+from utils.classroom import gradebook, grading, handout, running, submissions
 from utils.classroom.guard import check_code, read_report
 from utils.classroom.kernel import SandboxedKernel
+from utils.classroom.remarks import risky_code
 from utils.classroom.sandbox import Limits, sandbox_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +140,37 @@ def test_a_release_replaces_an_earlier_one_and_nothing_else(tmp_path, source):
         classroom.release([source], ROOT)
 
 
+def test_a_release_deletes_nothing_outside_its_folder(tmp_path, source):
+    for victim in (tmp_path / "thesis.txt", tmp_path / "class" / ".git" / "config"):
+        victim.parent.mkdir(parents=True, exist_ok=True)
+        victim.write_text("my own work")
+    listed = json.dumps({"../thesis.txt": "0", ".git/config": "0", str(tmp_path / "thesis.txt"): "0"})
+    (tmp_path / "class" / ".release.json").write_text(listed)
+    classroom.release([source], tmp_path / "class")
+    assert (tmp_path / "thesis.txt").exists() and (tmp_path / "class" / ".git" / "config").exists()
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_an_interrupted_release_is_taken_up_by_the_next(tmp_path, source, monkeypatch, written):
+    folder, real, calls = tmp_path / "class", handout.atomic_write, []
+    classroom.release([source], folder)
+    before = contents(folder)
+    (changed := source_notebook()).metadata.course.minutes = 25
+    cell_of(changed, "imports").source += "  # twice"
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) > written:
+            raise KeyboardInterrupt
+        return real(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(handout, "atomic_write", interrupted)
+        classroom.release([write_source(tmp_path / "course", changed)], folder)
+    classroom.release([source], folder)
+    assert contents(folder) == before
+
+
 def test_the_whole_course_is_released_without_what_shows_solutions(tmp_path, source):
     if not (ROOT / ".git").exists():
         with pytest.raises(ValueError, match="clone"):
@@ -235,6 +267,65 @@ def test_checks_come_from_the_source_and_own_cells_stay_where_they_were(source, 
     assert HIDDEN_SECRET in steps[3].source and "import numpy as np" in steps[0].source
     assert "np.sum" in answers["total"]
     assert "double_hidden" in remarks[-1] and "imports" in remarks[-1] and "more than once" in remarks[0]
+
+
+# ------------------------------------------------------------------------------------------------ remarks
+
+def remarks_on(*sources: str) -> list[str]:
+    return risky_code([submissions.Step("own", source) for source in sources], ["numpy.cumsum"])
+
+
+@pytest.mark.parametrize("code, remark", [
+    ("import linecache", "reads the text of cells"),
+    ("from sys import modules as known", "uses sys.modules"),
+    ("import sys as s\ns.modules", "uses sys.modules"),
+    ("import os\nos.sys.modules", "uses sys.modules"),
+    ("from os import sys as s\ns.modules", "uses sys.modules"),
+    ("import sys\nvars(sys)['modules']", "hands sys on"),
+    ("import sys as s\nother = s", "hands sys on"),
+    ("import sys\ngetattr(sys, '_get' + 'frame')", "hands sys on"),
+    ("import sys\nsys.__dict__['modules']", "uses sys.__dict__"),
+    ("getattr(thing, '_getframe')", "uses sys._getframe"),
+    ("import inspect\ninspect.stack()[1].code_context", "walks frames"),
+    ("from inspect import stack", "walks frames"),
+    ("import traceback\ntraceback.extract_stack()[-2].line", "walks frames"),
+    ("import pkgutil\npkgutil.resolve_name('sys:modules')", "imports by name"),
+    ("import numpy as n\nsetattr(n, 'allclose', None)", "calls setattr"),
+])
+def test_ways_to_the_checks_get_a_remark(code, remark):
+    assert remark in remarks_on(code)
+
+
+@pytest.mark.parametrize("first", [
+    "files = !ls\n", "x, y = %sx ls\n", "numpy?\n", "?numpy.sum\n", "for each in range(2):\n    %time each\n",
+    "if 1:\n    !ls\n", "%%capture\n", "%%time\n", "%matplotlib inline\n", "%timeit -n 10 -r2 ", "t = %timeit -o ",
+    "%%timeit ", "%time "])
+def test_a_line_for_ipython_hides_nothing_of_a_cell(first):
+    assert remarks_on(first + "numpy.cumsum([gc])") == ["uses gc", "uses numpy.cumsum, which the assignment forbids"]
+
+
+def test_a_cell_that_is_no_python_is_named():
+    assert remarks_on("%%bash\nls -l here\n", "answer = 1") == ["has a cell that is no plain Python: not examined"]
+
+
+@pytest.mark.parametrize("code", [
+    "import torch\ntorch.stack([1])\nfor each in model.modules():\n    getattr(each, 'weight')",
+    "getattr(self, f'layer_{number}')\ngetattr(torch, name)\nvars(config) | self.__dict__\nfrom torch import stack",
+    "import sys\nsys.path.append('x')\nprint(sys.version, file=sys.stderr)",
+    "import inspect, traceback\ninspect.signature(double)\ntraceback.print_exc()",
+    "setattr(parent, name, merged)",
+    "%matplotlib inline\n%timeit double([1])\nif 1:\n    !ls\nx = (7\n     % 2)\n",
+    'x = """\n!important\nwhy?\n""" + str(7\n% 2)',
+])
+def test_ordinary_code_gets_no_remark(code):
+    assert remarks_on(code) == []
+
+
+def test_an_answer_in_prose_is_not_read_as_code(tmp_path, source, released):
+    plan, work = plans.read_assignment(source), filled_in(released, why="It is so, because gc is.")
+    cells = tuple(submissions._cell(cell) for cell in work.cells)
+    steps, answers, _ = submissions.assemble(plan, submissions.Submission("a", None, cells=cells), {})
+    assert "why" in answers and risky_code(steps, plan.forbidden) == []
 
 
 # ------------------------------------------------------------------------------------ hostile submissions
@@ -436,7 +527,7 @@ def test_points_entered_by_hand_are_kept_and_counted_and_reach_the_platforms(tmp
     assert rows(out)["bobbob"]["status"] == "complete" and rows(out)["bobbob"]["total"] == "90"
     manual = (out / "manual.csv").read_text(encoding="utf-8").splitlines()
     assert manual == ["student,chapter,question,points,out of,comment", "adaada,ch03,why,,10,",
-                      "bobbob,ch03,why,0,10,not answered"]
+                      f"bobbob,ch03,why,0,10,{gradebook.NOT_ANSWERED}"]
     manual[1] = 'adaada,ch03,why,7.5,10,"Good, but short"'
     (out / "manual.csv").write_text("\n".join(manual) + "\n", encoding="utf-8")
     before = (out / "manual.csv").read_bytes()
@@ -456,6 +547,115 @@ def test_points_entered_by_hand_are_kept_and_counted_and_reach_the_platforms(tmp
     (out / "manual.csv").write_text("\n".join(manual).replace("7.5", "11"), encoding="utf-8")
     with pytest.raises(ValueError, match="line 2: '11' points for adaada"):
         classroom.grade(folder, [source], out, **LIMITS)
+
+
+def graded_without_kernels(monkeypatch, *arguments, run=None, **options) -> Path:
+    """``grade`` with every test passed, or ``run`` in place of the sandbox."""
+    monkeypatch.setattr(grading, "check_solution", lambda *a: None)
+    monkeypatch.setattr(running.GradedRun, "run", run or (lambda self: running.Result(
+        {step.grade_id: "" for step in self.steps if step.kind == "test"})))
+    return classroom.grade(*arguments, unsafe=True, **options).parent
+
+
+def test_namesakes_keep_their_points_and_pages_however_late_they_hand_in(tmp_path, source, released, monkeypatch):
+    out = tmp_path / "out"
+    for number in ("111", "333"):
+        (tmp_path / number).mkdir()
+        work = filled_in(released, why=f"answer of {number}")
+        nbformat.write(work, tmp_path / number / f"annlee_{number}_5_a.ipynb")
+        (tmp_path / "both").mkdir(exist_ok=True)
+        nbformat.write(work, tmp_path / "both" / f"annlee_{number}_5_a.ipynb")
+
+    def canvas(folder: str) -> list[list[str]]:
+        graded_without_kernels(monkeypatch, tmp_path / folder, [source], out, columns="canvas")
+        return list(csv.reader((out / "grades-canvas.csv").read_text(encoding="utf-8").splitlines()))[2:]
+
+    canvas("111")
+    manual = out / "manual.csv"
+    manual.write_text(manual.read_text(encoding="utf-8").replace("why,,", "why,8,"), encoding="utf-8")
+    expected = [["annlee", "111", "", "", "", "98"], ["annlee (333)", "333", "", "", "", ""]]
+    assert canvas("333") == expected and canvas("both") == expected
+    assert canvas("111") == expected, "one of them alone keeps the name, too"
+    assert "answer of 333" not in page(out, "annlee") and "answer of 111" not in page(out, "annlee (333)")
+    fresh = tmp_path / "fresh"
+    graded_without_kernels(monkeypatch, tmp_path / "both", [source], fresh)
+    assert set(rows(fresh)) == {"annlee (111)", "annlee (333)"}
+
+
+@pytest.mark.parametrize("earlier, found, names", [
+    ([("A", "1", "ch03"), ("A", "2", "ch04")], [("1", "ch05"), ("2", "ch05")], ["A (1)", "A (2)"]),
+    ([("A", "1", "ch03"), ("A (2)", "2", "ch03")], [("1", "ch04"), ("2", "ch04")], ["A", "A (2)"]),
+    ([("A (1)", "1", "ch03"), ("A (2)", "2", "ch03")], [("1", "ch04")], ["A (1)"]),
+    ([("A", "1", "ch03")], [("2", "ch03"), ("", "ch03")], ["A (2)", "A"]),
+    ([("A", "1", "ch03")], [("2", "ch04")], ["A"]),  # as Moodle has it: a student with a new number
+])
+def test_a_name_stands_for_one_number_in_a_chapter(earlier, found, names):
+    earlier = [{"student": name, "number": number, "chapter": chapter} for name, number, chapter in earlier]
+    found = [submissions.Submission("A", None, number, chapter) for number, chapter in found]
+    assert [one.student for one in grading._tell_apart(found, earlier)] == names
+
+
+def test_what_the_grader_could_not_run_is_no_grade(tmp_path, source, released, monkeypatch, capsys):
+    def fails(self):
+        raise RuntimeError("A kernel did not answer")
+
+    (tmp_path / "in").mkdir()
+    nbformat.write(filled_in(released), tmp_path / "in" / "annann_11_5_a.ipynb")
+    for columns, name, column in (("canvas", "grades-canvas.csv", 5), ("moodle", "grades-moodle.csv", 2)):
+        out = graded_without_kernels(monkeypatch, tmp_path / "in", [source], tmp_path / "out", run=fails,
+                                     columns=columns)
+        assert (out / name).read_text(encoding="utf-8").splitlines()[-1].split(",")[column] == ""
+    assert "annann,ch03,why,,10,\n" in (out / "manual.csv").read_text(encoding="utf-8")
+    assert (rows(out)["annann"]["total"], rows(out)["annann"]["status"]) == ("", "not graded")
+    assert "1 of 1 could not be run (annann)" in capsys.readouterr().err
+    graded_without_kernels(monkeypatch, tmp_path / "in", [source], out)
+    assert rows(out)["annann"]["automatic"] == "90"
+    graded_without_kernels(monkeypatch, tmp_path / "in", [source], out, run=fails, again=True)
+    assert rows(out)["annann"]["automatic"] == "90", "a result of the same notebook is kept"
+
+
+def test_a_changed_module_of_the_course_has_everything_graded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "ROOT", tmp_path)
+    (tmp_path / "ch03_attention").mkdir()
+    module, digests = tmp_path / "ch03_attention" / "attention.py", set()
+    for text in ("a = 1", "a = 2"):
+        module.write_text(text)
+        settings = grading._settings(1, 1, 1, True, "plain")
+        digests.add(grading._digest(submissions.Submission("a", None), None, settings))
+    assert len(digests) == 2
+
+
+def one_result(student: str, number: str = "", answer: str = "because") -> dict:
+    question = {"id": "why", "points": 10, "answer": answer}
+    exercise = {"title": "4", "points": 10, "tests": [], "questions": [question], "code": []}
+    return {"student": student, "number": number, "chapter": "ch03", "title": "", "exercises": [exercise],
+            "remarks": []}
+
+
+def test_a_teachers_own_not_answered_is_kept(tmp_path):
+    gradebook.update_manual(tmp_path, [one_result("bob")])
+    path = tmp_path / "manual.csv"
+    path.write_text(path.read_text().replace("why,,10,", "why,0,10,not answered"))
+    before = path.read_text()
+    gradebook.update_manual(tmp_path, [one_result("bob")])
+    assert path.read_text() == before and "bob,ch03,why,0,10,not answered\n" in before
+
+
+def test_a_table_in_another_encoding_is_refused_by_name_with_the_way_out(tmp_path):
+    text = ";".join(gradebook.MANUAL) + "\nbob;ch03;why;5;10;sch\u00f6n\n"
+    (tmp_path / "manual.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"manual\.csv is not UTF-8 \(byte 6\d\); save it as 'CSV UTF-8"):
+        gradebook.read_manual(tmp_path)
+
+
+def test_results_of_different_people_lie_in_different_files(tmp_path):
+    people = [("anna", "12"), ("anna-12", ""), ("anna-12", "3"), ("anna-12-3", ""), ("anna", ""), ("12", "")]
+    found = [submissions.Submission(name, None, number, "ch03") for name, number in people]
+    assert len({grading._result_path(tmp_path, one) for one in found}) == len(found)
+    for name in ("anna-12-ch03", "anna-12-0-ch03"):  # the first is as earlier versions named it
+        (one := one_result("anna-12"))["remarks"] = [name]
+        gradebook.save_result(tmp_path / "results" / f"{name}.json", one)
+    assert [one["remarks"] for one in gradebook.load_results(tmp_path)] == [["anna-12-0-ch03"]]
 
 
 @needs_sandbox

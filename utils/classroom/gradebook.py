@@ -17,10 +17,14 @@ from ..workspace import write_text
 
 MANUAL = ("student", "chapter", "question", "points", "out of", "comment")
 COLUMNS = ("plain", "canvas", "moodle")
+NOT_ANSWERED = "not answered (entered by the grader)"  # what no teacher types
 
 
 def file_name(*parts: str) -> str:
-    """A file name of letters, digits, ``-``, ``_`` and ``.``: safe everywhere, different for different parts."""
+    """A file name of letters, digits, ``-``, ``_`` and ``.``: safe everywhere, different for different texts.
+
+    Parts are joined by ``-``: ("anna-12",) and ("anna", "12") are one text.
+    """
     text = "-".join(part for part in parts if part)
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "student"
     reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", plain)
@@ -30,12 +34,12 @@ def file_name(*parts: str) -> str:
 
 def load_results(out: Path) -> list[dict]:
     """All results, sorted by student and chapter. One that cannot be read is passed over and graded again."""
-    results = []
-    for path in sorted((Path(out) / "results").glob("*.json")):
+    results = {}
+    for path in sorted((Path(out) / "results").glob("*.json"), reverse=True):
         result = load_result(path)
-        if result:
-            results.append(result)
-    return sorted(results, key=lambda one: (one["student"], one["number"], one["chapter"]))
+        if result:  # NAME-7-0-ch03.json replaces NAME-7-ch03.json, as earlier versions called it
+            results[result["student"], result["number"], result["chapter"]] = result
+    return [results[key] for key in sorted(results)]
 
 
 def load_result(path: Path) -> dict | None:
@@ -68,7 +72,11 @@ def read_manual(out: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     path = Path(out) / "manual.csv"
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8 (comma delimited)'."
+                         ) from error
     first = text.split("\n", 1)[0]
     delimiter = ";" if first.count(";") > first.count(",") else ","
     rows, entered = csv.DictReader(io.StringIO(text), delimiter=delimiter), {}
@@ -102,9 +110,10 @@ def update_manual(out: Path, results: list[dict]) -> dict[tuple[str, str, str], 
         for question in questions(result):
             key = (safe_cell(result["student"]), result["chapter"], question["id"])
             empty = {"points": "", "comment": ""}
-            new = empty if question["answer"] else {"points": "0", "comment": "not answered"}
+            waits = question["answer"] or result.get("retry")
+            new = empty if waits else {"points": "0", "comment": NOT_ANSWERED}
             row = rows.setdefault(key, dict(zip(MANUAL[:3], key, strict=True)) | new)
-            if row["comment"] == "not answered" and row["points"] == "0" and question["answer"]:
+            if row["comment"] == NOT_ANSWERED and row["points"] == "0" and question["answer"]:
                 row |= empty  # handed in later
             row["out of"] = f"{question['points']:g}"
     text = _table([list(MANUAL), *([rows[key][name] for name in MANUAL] for key in sorted(rows))], clean=False)
@@ -138,7 +147,8 @@ def write_tables(out: Path, results: list[dict], manual: dict, columns: str) -> 
         found = points_summary(result, manual)
         each = [f"{exercise_points(exercise):g}" if exercise["tests"] else "" for exercise in result["exercises"]]
         remarks = [result["problem"]] * bool(result.get("problem")) + result["remarks"]
-        sums = [f"{found[name]:g}" for name in ("automatic", "by_hand", "total", "out_of")]
+        sums = ["" if name == "total" and result.get("retry") else f"{found[name]:g}"
+                for name in ("automatic", "by_hand", "total", "out_of")]
         rows.append([result["student"], result["number"], result["chapter"], *each, *[""] * (most - len(each)),
                      *sums, found["status"], "; ".join(remarks)])
     path = Path(out) / "grades.csv"
@@ -154,9 +164,9 @@ def write_tables(out: Path, results: list[dict], manual: dict, columns: str) -> 
 
 
 def _final(result: dict, manual: dict) -> str:
-    """The total where it is final; "" where something is still to be graded by hand."""
+    """The total where it is final; "" where something is still to be graded by hand, or to be run again."""
     found = points_summary(result, manual)
-    return "" if found["status"].startswith("open") else f"{found['total']:g}"
+    return "" if found["status"].startswith("open") or result.get("retry") else f"{found['total']:g}"
 
 
 def _people(results: list[dict]) -> list[tuple[str, str]]:

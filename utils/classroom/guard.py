@@ -5,8 +5,8 @@ counts as passed only if its last line was reached, which the guard reports sign
 
 What this cannot stop: student code runs in the same process as the checks. Code that walks the frames of its
 callers, searches the heap or puts a function back after its first use can read a check while it runs, or fool
-it. Such code has to name what it uses (``sys._getframe``, ``gc``, ``ctypes``, assignments to modules), and grading
-puts it under the teacher's eyes as a remark.
+it. Most such code has to name what it uses (``sys._getframe``, ``gc``, ``ctypes``, assignments to modules), and
+grading puts it under the teacher's eyes as a remark. Names can be hidden; only reading the code finds those.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Guard:
         for name in modules:
             self._remember(name)
         self._machine = self._machinery()
+        for name in [name for name, entry in linecache.cache.items() if len(entry) > 2 and key in "".join(entry[2])]:
+            del linecache.cache[name]  # the first cell, which holds the key
         self._lines = set(linecache.cache)
 
     def _remember(self, name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..workspace import ROOT, write_text
+from ..workspace import ROOT, atomic_write, write_text
 from .assignments import Assignment, read_assignment, student_copy
 
 RELEASE_LIST = ".release.json"
@@ -68,7 +68,7 @@ def _check_release_folder(folder: Path) -> None:
     others = []
     for path in sorted(_files_below(folder)):
         name = path.relative_to(folder).as_posix()
-        if name != RELEASE_LIST and before.get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
+        if name != RELEASE_LIST and hashlib.sha256(path.read_bytes()).hexdigest() not in before.get(name, "").split():
             others.append(name)
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -84,23 +84,29 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _released_before(folder: Path) -> dict[str, str]:
+    """The hash of each released file; of one whose release was interrupted, all that it may have."""
     try:
         listed = json.loads((folder / RELEASE_LIST).read_text(encoding="utf-8"))
-        return listed if isinstance(listed, dict) else {}
+        return {name: str(hashes) for name, hashes in listed.items()} if isinstance(listed, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def _replace_release(folder: Path, files: dict[str, bytes]) -> None:
-    for name in set(_released_before(folder)) - set(files):
-        (folder / name).unlink(missing_ok=True)
+    before = _released_before(folder)
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
+    either = before | {name: f"{before.get(name, '')} {new}".strip() for name, new in listed.items()}
+    write_text(folder / RELEASE_LIST, json.dumps(either, indent=1) + "\n")  # counts if this is interrupted
+    for path in _files_below(folder):  # the list alone says nothing: it could name files elsewhere
+        name = path.relative_to(folder).as_posix()
+        if name in before and name not in files:
+            path.unlink()
     for name, content in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
         if name.endswith("course.py"):
             path.chmod(0o755)
-    listed = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     write_text(folder / RELEASE_LIST, json.dumps(listed, indent=1) + "\n")
 
 
