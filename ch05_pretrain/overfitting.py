@@ -53,7 +53,7 @@ from torch import Tensor
 from ch01_data.data import Document, load_documents
 from ch05_pretrain.previous_chapters import PRESETS, GPT, BPETokenizer, flops_per_token, prepare_tokens
 from ch02_tokenizer.tokenizer import TokenData
-from ch05_pretrain.pretrain import TrainConfig, evaluate, train
+from ch05_pretrain.pretrain import TrainConfig, checkpoints, evaluate, train
 from ch05_pretrain.storyteller import load_novels
 from utils.workspace import workspace, write_text
 
@@ -68,7 +68,7 @@ class EpochCurve:
 
     def turn(self) -> int:
         """The index of the lowest held-out loss: from here on, more training makes the model worse."""
-        return int(np.argmin(self.val_loss))
+        return int(np.argmin(np.nan_to_num(self.val_loss, nan=math.inf)))
 
 
 def train_and_watch(model: GPT, train_tokens: Sequence, val_tokens, config: TrainConfig, *,
@@ -77,11 +77,18 @@ def train_and_watch(model: GPT, train_tokens: Sequence, val_tokens, config: Trai
     """Train and evaluate on both texts every ``eval_every`` steps: (curve, the weights at the turn).
 
     ``train_tokens``: a list of 1-D rows of ids; the first is the one whose loss is shown as training loss.
-    ``on_look(curve)`` is called after each look. A run with checkpoints in ``folder`` goes on with the curve ``begun``.
+    ``on_look(curve)`` is called after each look. A run with checkpoints in ``folder`` goes on with the curve ``begun``;
+    the weights are {} if the turn came before. ``ValueError`` if that curve ends before the checkpoints.
     """
     curve, best = begun or EpochCurve(), {}
     steps_an_epoch = sum(len(row) for row in train_tokens) / (config.batch_size * config.context_length)
     looked = round(curve.epochs[-1] * steps_an_epoch) if curve.epochs else 0  # up to this step
+
+    found = checkpoints(folder) if folder else []
+    stands = int(found[-1].name.removeprefix("step-")) if found else 0
+    if looked < (stands if stands == config.steps else stands - stands % config.eval_every):
+        raise ValueError(f"The checkpoints in {folder} stand at step {stands:,}, the curve ends at step {looked:,}: "
+                         "give the curve that was recorded with them, or delete that folder to begin anew.")
 
     def on_log(name: str, step: int, value) -> None:
         if name != "held out" or step <= looked:

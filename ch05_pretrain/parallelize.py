@@ -298,6 +298,7 @@ class ManyProcesses(OneProcess):
         here = dict(zip(DIRECTIONS, self.mesh.get_coordinate(), strict=True))
         self.stage = here["pp"]
         self.rank, self.ranks = here["dp"] * self.layout.fsdp + here["fsdp"], self.layout.data_ranks
+        self.dropout_seed = self.rank + self.ranks * self.stage  # tp's pieces share one: they have no dropout
         self.is_main = dist.get_rank() == 0
         self.model: nn.Module | None = None  # as prepared
         self.run: nn.Module | None = None  # what makes forward passes: the model, or DDP around it
@@ -639,7 +640,7 @@ class ManyProcesses(OneProcess):
         record = self._read_record(path, model, config)
         reader = HuggingFaceStorageReader(str(path))
         held = reader.read_metadata().state_dict_metadata
-        labels = optimizer_labels(model.config, config) if record["format"] == CHECKPOINT_FORMAT else {}
+        labels = {} if record["format"] == DISTRIBUTED_FORMAT else optimizer_labels(model.config, config)
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._named(model):
             tensors[f"model.{name}"] = torch.empty_like(parameter.detach())
@@ -660,7 +661,7 @@ class ManyProcesses(OneProcess):
         except CheckpointException as error:  # which is no Exception
             raise ValueError(f"The checkpoint {short_path(path)} cannot be read ({first_cause(error)}). Delete it: "
                              "training then goes on from the one before, or from the start.") from error
-        loader.load_state_dict(record["loader"])
+        loader.load_state_dict(record["loader"] or loader.state_dict() | {"position": record["step"]})
         optimizer.state.clear()
         for name, parameter in self._named(model):
             parameter.copy_(self._model_order(name, tensors[f"model.{name}"], back=True))
@@ -674,7 +675,7 @@ class ManyProcesses(OneProcess):
         if same_mesh:
             set_random_states({key.rpartition(".")[0]: tensors[key] for key in states}, self.device)
         else:
-            torch.manual_seed(config.seed + 1000 * record["step"] + self.rank)  # another mesh, other dropout
+            torch.manual_seed(config.seed + 1000 * record["step"] + self.dropout_seed)  # another mesh, other dropout
         return record["step"], History(**record["history"])
 
     def _read_record(self, path: Path, model: nn.Module, config: TrainConfig) -> dict:

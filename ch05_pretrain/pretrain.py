@@ -458,6 +458,8 @@ def check_train_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 0, {good}")
     if max(config.max_lr, config.matrix_lr) == math.inf:
         raise ValueError(f"max_lr is {config.max_lr} and matrix_lr {config.matrix_lr}; both must be finite.")
+    if config.eval_tokens < 2:
+        raise ValueError(f"eval_tokens is {config.eval_tokens}; it must be at least 2, one to predict the other from.")
     if not config.min_lr <= config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}; it must be from 0 to max_lr {config.max_lr}.")
     if config.accumulate > config.batch_size:
@@ -486,8 +488,9 @@ class History:
     seconds: list[float] = field(default_factory=list, compare=False)
 
     def best_step(self) -> int | None:
-        """The step after which the held-out loss was lowest; None before the first evaluation."""
-        return self.eval_steps[int(np.argmin(self.val_loss))] if self.val_loss else None
+        """The step after which the held-out loss was lowest; None before the first one that is finite."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self.val_loss]
+        return self.eval_steps[int(np.argmin(losses))] if min(losses, default=math.inf) < math.inf else None
 
 
 class TokenLoader:
@@ -610,17 +613,20 @@ def check_loader(loader: TokenLoader, at_once: int = 100_000_000) -> None:
         at_once = max(0, at_once - len(shard))
 
 
-def check_training(model: GPT, val_tokens, config: TrainConfig) -> None:
-    """``ValueError`` if the model or the held-out text does not fit the run."""
+def check_training(model: GPT, val_tokens, config: TrainConfig) -> np.ndarray:
+    """The held-out text as one row of ids; ``ValueError`` if it or the model does not fit the run."""
     if config.context_length > model.config.context_length:
         raise ValueError(f"context_length is {config.context_length}; the model sees at most "
                          f"{model.config.context_length}: shorten it, or build the model with more.")
     held_out = as_shards(val_tokens)
-    if len(held_out) != 1 or len(held_out[0]) <= config.context_length:
+    if len(held_out) != 1:
+        raise ValueError(f"The held-out text comes in {len(held_out)} rows; give one: np.concatenate(rows).")
+    if len(held_out[0]) <= config.context_length:
         raise ValueError(f"The held-out text has {len(held_out[0])} tokens; one window of context_length "
                          f"{config.context_length} needs {config.context_length + 1}. Hold out more text, or "
                          "shorten the context.")
     check_vocabulary(held_out[0][: config.eval_tokens], model.config.vocab_size, "the held-out text")
+    return held_out[0]
 
 
 @torch.no_grad()
@@ -629,11 +635,11 @@ def evaluate(model: GPT, tokens, n_bytes: int | None = None, *, context_length: 
     """How well the model predicts a text given as token ids (array or tensor, 1-D).
 
     ``n_bytes``: UTF-8 bytes of the whole text, for bits per byte. ``max_tokens`` looks at the beginning only.
-    ``ValueError`` for fewer than two tokens.
+    ``ValueError`` for fewer than two tokens or more than one row.
     """
     length = context_length or model.config.context_length
-    chosen = np.asarray(tokens[: max_tokens or len(tokens)]).astype(np.int64)
-    chosen = torch.as_tensor(chosen, device=model.device)
+    chosen = as_shards([tokens[: max_tokens or len(tokens)]])[0]
+    chosen = torch.as_tensor(chosen.astype(np.int64), device=model.device)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} tokens leave nothing to predict: give at least 2.")
     full = (len(chosen) - 1) // length * length
@@ -822,6 +828,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     for name, value in [*tensors.items(), *((f"optimizer.{key}", value) for key, value in numbers.items())]:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
+            value = value.clone() if isinstance(value, Tensor) else value  # what was read is a view of the file
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -912,12 +919,15 @@ class StepEngine:
 
     def forward_backward(self, model: GPT, inputs: Tensor, targets: Tensor, config: TrainConfig) -> float:
         """Mean loss of a batch (B, T) in nats per token; leaves the gradients of that mean in ``.grad``."""
-        loss = self.accumulate(model, inputs, targets, config)
+        before, loss = dict(vars(self.scaler)), self.accumulate(model, inputs, targets, config)
         while config.precision == "float16" and not self.unscale(model):
             if self.any(not math.isfinite(loss)) or self.scaler.scale < 1e-3:
-                return math.nan  # no scale would help
+                loss = math.nan  # no scale would help
+                break
             model.zero_grad()  # an overflow: the same batch again, with half the scale
             loss = self.accumulate(model, inputs, targets, config)
+        if not math.isfinite(loss):
+            vars(self.scaler).update(before)  # the step is undone
         return loss
 
     def accumulate(self, model: GPT, inputs: Tensor, targets: Tensor, config: TrainConfig) -> float:
@@ -956,10 +966,11 @@ class StepEngine:
 class OneProcess(StepEngine):
     """How a step is carried out: here by one process on one device; parallelize.py does it with many.
 
-    ``rank`` and ``ranks`` say which share of each batch is read here; ``is_main`` who prints and writes.
+    ``rank`` and ``ranks`` say which share of each batch is read here; ``is_main`` who prints and writes;
+    ``dropout_seed`` is added to the run's, so that no two processes drop the same positions.
     """
 
-    rank, ranks, is_main = 0, 1, True
+    rank, ranks, is_main, dropout_seed = 0, 1, True, 0
 
     def prepare(self, model: GPT, config: TrainConfig) -> GPT:
         """The model as the run uses it; called once, before the optimizer is made."""
@@ -984,9 +995,10 @@ class OneProcess(StepEngine):
         return text
 
     def first_bad_module(self, model: GPT, inputs: Tensor, targets: Tensor, config: TrainConfig) -> str:
-        """Where the loss of a batch stopped being a number."""
+        """Where the loss of a batch stopped being a number; it runs in the micro-batches of the step."""
+        pieces = zip(*(t.tensor_split(config.accumulate) for t in (inputs, targets)), strict=True)
         with autocast(inputs.device, config.precision):
-            return first_bad_module(model, inputs, targets)
+            return next(filter(None, (first_bad_module(model, x, y) for x, y in pieces if y.numel())), "")
 
     def save(self, folder: str | Path, model: GPT, optimizer: torch.optim.Optimizer, step: int,
              loader: TokenLoader, config: TrainConfig, history: History) -> Path:
@@ -1068,8 +1080,9 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, loader: TokenLoader
         loader.position = step
         what = f"length of the gradient became {norm}" if math.isfinite(loss) else f"loss became {loss}"
         raise FloatingPointError(
-            f"The {what} at step {step + 1}. First not finite: {where}. Lower max_lr (now {config.max_lr}) or "
-            f"matrix_lr (now {config.matrix_lr}), lengthen the warm-up, or go on with another seed.")
+            f"The {what} at step {step + 1}. First not finite: {where}. Begin anew in another folder with a lower "
+            f"max_lr (now {config.max_lr}) or matrix_lr (now {config.matrix_lr}), a longer warm-up or another seed: a "
+            "checkpoint goes on with its own settings only.")
     optimizer.step()
     return loss, norm
 
@@ -1121,7 +1134,7 @@ class Run:
         self.model = engine.prepare(model, config)
         self.optimizer = engine.optimizer(self.model, config)
         self.done, self.saved, self.history = 0, None, History()
-        torch.manual_seed(config.seed + engine.rank)  # for dropout, which differs between shares of a batch
+        torch.manual_seed(config.seed + engine.dropout_seed)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -1171,7 +1184,7 @@ def train(model: GPT, train_tokens, val_tokens, config: TrainConfig, *, folder: 
     before that step.
     """
     engine = engine or OneProcess()
-    check_training(model, val_tokens, config)
+    val_tokens = check_training(model, val_tokens, config)
     run = Run(model, train_tokens, config, engine, folder)
     on_log = on_log if engine.is_main else lambda name, step, value: None
     if run.resume():

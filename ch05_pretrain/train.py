@@ -471,12 +471,16 @@ def writer(tokenizer: BPETokenizer, vocab_size: int) -> Callable[[GPT], str] | N
 
 
 def measured_rows(model: GPT, config: TrainConfig, engine: OneProcess) -> int:
-    """How many sequences a measured step has on each process: all of its share, or, on a CPU, what seconds allow."""
+    """How many sequences a measured step has on each process: all of its share, or, on a CPU, what seconds allow.
+
+    They can be cut into ``accumulate`` micro-batches, as the run's.
+    """
     share = config.batch_size // engine.ranks
     if engine.device.type != "cpu":
         return share
     a_sequence = config.context_length * flops_per_token(model.config, config.context_length)
-    return max(1, min(share, int(2e11 // a_sequence)))
+    rows = max(1, min(share, int(2e11 // a_sequence)))
+    return rows - rows % min(config.accumulate, rows)
 
 
 def measure_steps(model: GPT, tokens: np.ndarray, config: TrainConfig, engine: OneProcess,
@@ -525,10 +529,11 @@ def describe_plan(model: GPT, config: TrainConfig, train_tokens: int | None, mem
     flops = tokens * flops_per_token(model.config, config.context_length)
     epochs = f", {tokens / train_tokens:,.1f} times through {train_tokens:,}" if train_tokens else ""
     parts = ", ".join(f"{name} {spell_bytes(size)}" for name, size in memory.items())
+    whole = training_bytes(model, config)
     return [f"parameters:      {count_parameters(model):,}",
             f"memory:          {spell_bytes(sum(memory.values()))} on each process ({parts})",
-            f"a checkpoint:    {spell_bytes(memory['weights'] + memory['optimizer'])} from each process; the last "
-            f"{config.keep} and the best are kept",
+            f"a checkpoint:    {spell_bytes(whole['weights'] + whole['optimizer'])}, from all processes together; the "
+            f"last {config.keep} and the best are kept",
             f"tokens:          {tokens:,} in {config.steps:,} steps{epochs}",
             f"operations:      {flops:.2e} FLOPs"]
 
@@ -550,7 +555,8 @@ def dry_run(chosen: argparse.Namespace, tables: Mapping, config: TrainConfig, da
     random_ids = np.random.default_rng(0).integers(model.config.vocab_size, size=size)
     seconds = measure_steps(model, random_ids, config, engine)
     a_step = config.batch_size * config.context_length
-    evaluations = config.steps // config.eval_every * config.eval_tokens / a_step / 3  # in steps: forward is a third
+    evaluations = config.steps // config.eval_every * config.eval_tokens / a_step / 3  # in steps: forward is a third,
+    evaluations *= engine.ranks * chosen.pp  # done in full by every data rank, by one stage after the other
     rate = a_step * flops_per_token(model.config, config.context_length) / seconds
     hours = seconds * (config.steps + evaluations) / 3600
     print(f"measured:        {seconds:.3f} s a step, {a_step / seconds:,.0f} tokens a second, {rate / 1e12:.3g} TFLOP/s"
@@ -646,7 +652,8 @@ def run(chosen: argparse.Namespace, tables: dict, engine: OneProcess, command: s
     vocab_size = wanted_vocab_size(tables["model"])
     corpus = prepare_corpus(data, vocab_size) if engine.is_main else None  # the first process makes it,
     engine.barrier()
-    corpus = corpus or prepare_corpus(data, vocab_size)  # the others find it
+    corpus = corpus or prepare_corpus(data, vocab_size)  # the others find it,
+    engine.barrier()  # which takes its time too
     model = make_model(tables["model"], corpus.tokenizer.vocab_size, config, corpus.tokenizer)
     model.to(engine.device)
     memory = memory_plan(chosen, model, config, engine)
@@ -715,6 +722,8 @@ a power cut; SIGTERM and Ctrl-C save and stop, a second Ctrl-C stops at once.
 On several GPUs or machines the command is the same under torchrun; the mesh must multiply to its processes:
   torchrun --nproc-per-node 8 -m ch05_pretrain.train --preset gpt2-124m --data SHARDS --fsdp 8
 With --max-restarts, torchrun starts all again when one dies; it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that.
+The first process encodes the texts and the others wait half an hour for it: encode more than that beforehand, as a
+folder of shards or by the same run on one process.
 ch05_pretrain/launch/ holds files for Slurm and Kubernetes.
 """
 
@@ -768,6 +777,16 @@ def training_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def started_with() -> list[str]:
+    """How this process was started, up to the module's name; HOST is the first of several machines."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return ["python", "-m"]
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    meeting = ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    return ["torchrun", *(meeting if machines != "1" else []), "--nproc-per-node", here, "-m"]
+
+
 def complain(error: BaseException) -> int:
     """Say what went wrong, on the real stderr; which process says it, if it is not the first. Exit code 1."""
     rank = os.environ.get("RANK", "0")
@@ -792,7 +811,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(error) if first else 1
     try:
         with quiet_unless(engine.is_main):
-            return run(chosen, tables, engine, shlex.join(["python", "-m", "ch05_pretrain.train", *arguments]))
+            return run(chosen, tables, engine, shlex.join([*started_with(), "ch05_pretrain.train", *arguments]))
     except KeyboardInterrupt:
         print("\nStopped at once. The last checkpoint stands: the same command goes on from it.", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from ch04_gpt.gpt import GPT, GPTConfig
 from ch05_pretrain import pretrain
 from ch05_pretrain.pretrain import (
     AdamW,
+    History,
     LossScaler,
     Muon,
     NGramModel,
@@ -378,7 +379,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tokens):
     model = tiny()
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="became nan at step 1.*the output of norm. Lower max_lr"):
+    with pytest.raises(FloatingPointError, match="became nan at step 1.*the output of norm. Begin anew in another "
+                       r"folder with a lower max_lr \(now 0.005\) or matrix_lr"):
         train(model, tokens, tokens, SHORT)
 
 
@@ -515,6 +517,7 @@ def test_a_configuration_survives_json_and_names_unknown_keys():
     ({"schedule": "linear"}, "schedule is 'linear'; it must be one of cosine, wsd"),
     ({"precision": "fp8"}, "precision is 'fp8'; it must be one of float32, bfloat16, float16"),
     ({"accumulate": 3}, "accumulate is 3; a batch of 2 windows makes at most 2"),
+    ({"eval_tokens": 1}, "eval_tokens is 1; it must be at least 2"),
     ({"keep": 0}, "keep is 0; it must be above 0"),
 ])
 def test_each_senseless_choice_is_named_with_its_bound_and_mend(changes, message):
@@ -527,6 +530,7 @@ def test_what_does_not_fit_is_refused_before_the_folder_is_touched(tokens, tmp_p
     foreign[7] = 60
     folder = tmp_path / "run"
     for arguments, message in (((tokens, tokens[:16]), "held-out text has 16 tokens; one window of context_length 16"),
+                               ((tokens, [tokens, tokens]), "held-out text comes in 2 rows.*np.concatenate"),
                                ((tokens, foreign), "Token 7 of the held-out text is 60"),
                                ((foreign, tokens), "Token 7 of the text is 60"),
                                ((tokens[:20], tokens), "batch_size is 2, but 20 tokens hold only 1 windows")):
@@ -535,6 +539,19 @@ def test_what_does_not_fit_is_refused_before_the_folder_is_touched(tokens, tmp_p
         assert not folder.exists()
     with pytest.raises(ValueError, match="context_length is 16; the model sees at most 8"):
         train(tiny(context_length=8), tokens, tokens, SHORT)
+
+
+def test_the_held_out_text_is_one_row_in_any_form(tokens):
+    class OnAGpu(torch.Tensor):
+        def __array__(self, *given):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    expected = evaluate(tiny(), tokens)
+    with pytest.raises(ValueError, match=r"shape \(2, 600\).*in one row"):
+        evaluate(tiny(), [tokens, tokens])
+    assert evaluate(tiny(), torch.tensor(tokens.astype(np.int64)).as_subclass(OnAGpu)) == expected
+    config = dataclasses.replace(SHORT, steps=1)
+    assert train(tiny(), tokens, [tokens], config) == train(tiny(), tokens, tokens, config)
 
 
 # ---------------------------------------------------------------- the step
@@ -703,6 +720,57 @@ def test_a_run_that_breaks_leaves_the_state_before_on_the_disk(tokens, tmp_path,
     assert train(resumed, tokens, tokens, SHORT, folder=tmp_path) == expected and same(straight, resumed)
 
 
+def test_what_broke_is_found_in_the_pieces_of_the_step(tokens, tmp_path, monkeypatch):
+    original, calls = OneProcess.loss, []
+
+    def breaks(self, model, *arguments):
+        calls.append(1)
+        return original(self, model, *arguments) * (math.nan if len(calls) > 24 else 1)
+
+    def small_memory(module, given):
+        if len(given[0]) > 1 and module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(OneProcess, "loss", breaks)
+    model = tiny()
+    model.register_forward_pre_hook(small_memory)
+    config = dataclasses.replace(SHORT, batch_size=8, accumulate=8, save_every=99)
+    with pytest.raises(FloatingPointError, match="loss became nan at step 4. First not finite: nothing, when"):
+        train(model, tokens, tokens, config, folder=tmp_path)
+    assert checkpoints(tmp_path)[-1].name == "step-000003"
+
+
+def test_what_the_message_of_a_broken_step_names_works(tokens, tmp_path):
+    config = dataclasses.replace(SHORT, max_lr=1e6, matrix_lr=1e6, eval_every=99)
+    with pytest.raises(FloatingPointError, match="Begin anew in another folder.*own settings only"):
+        train(tiny(dropout=0.0), tokens, tokens, config, folder=tmp_path / "one")
+    lower = dataclasses.replace(config, max_lr=1e-3, matrix_lr=1e-3)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(tiny(dropout=0.0), tokens, tokens, lower, folder=tmp_path / "one")
+    assert train(tiny(dropout=0.0), tokens, tokens, lower, folder=tmp_path / "another").steps[-1] == 12
+
+
+def test_a_step_that_breaks_in_float16_leaves_the_scale_of_before(tokens, tmp_path, monkeypatch):
+    config, straight = dataclasses.replace(SHORT, precision="float16"), tiny(1)
+    expected = train(straight, tokens, tokens, config)
+    original, steps = OneProcess.accumulate, []
+
+    def overflows(self, model, *arguments):
+        loss = original(self, model, *arguments)
+        if len(steps) == 5:
+            model.norm.weight.grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(OneProcess, "accumulate", overflows)
+    with pytest.raises(FloatingPointError, match="at step 6"):
+        train(tiny(1), tokens, tokens, config, folder=tmp_path, stop=lambda: steps.append(1))
+    monkeypatch.undo()
+    found = checkpoints(tmp_path)[-1]
+    assert found.name == "step-000005" and json.loads((found / "state.json").read_text())["engine"]["scale"] == 2.0**16
+    resumed = tiny(2)
+    assert train(resumed, tokens, tokens, config, folder=tmp_path) == expected and same(straight, resumed)
+
+
 def test_broken_weights_are_not_saved(tokens, tmp_path):
     with pytest.raises(FloatingPointError, match="step 1"):
         train(poisoned("norm.weight"), tokens, tokens, SHORT, folder=tmp_path)
@@ -774,6 +842,26 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tokens, tmp_path, monkey
     assert best_checkpoint(tmp_path).name == "step-000008"
     assert json.loads((tmp_path / "step-000008" / "state.json").read_text())["val_loss"] == 2.0
     assert best_checkpoint(tmp_path / "empty") is None
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tokens, tmp_path, monkeypatch):
+    assert History(eval_steps=[1, 2, 3], val_loss=[2.0, math.nan, 1.0]).best_step() == 3
+    assert History(eval_steps=[1, 2], val_loss=[math.nan, math.inf]).best_step() is None is History().best_step()
+    losses = iter([5.0, 2.0, math.nan, 4.0, math.inf, 1.0])
+    monkeypatch.setattr(OneProcess, "evaluate", lambda *arguments: measures(next(losses), 1, None))
+    config, best = dataclasses.replace(SHORT, steps=24, keep=1), []
+    train(tiny(), tokens, tokens, config, folder=tmp_path, stop=lambda: best.append(best_checkpoint(tmp_path)))
+    assert [path.name for path in best[12:23:5]] == ["step-000008"] * 3
+    assert best_checkpoint(tmp_path).name == "step-000024"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells which files are mapped")
+def test_a_resumed_run_does_not_hold_on_to_the_file(tokens, tmp_path):
+    train(tiny(), tokens, tokens, dataclasses.replace(SHORT, steps=3), folder=tmp_path)
+    run = pretrain.Run(tiny(1), tokens, dataclasses.replace(SHORT, steps=3), OneProcess(), tmp_path)
+    assert run.resume() and run.optimizer.state
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):

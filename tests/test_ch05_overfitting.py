@@ -280,6 +280,7 @@ def test_wilson_by_its_definition_and_bounds():
 
 def test_the_turn_is_the_lowest_held_out_loss():
     assert EpochCurve([1, 2, 3], [3, 2, 1], [5.0, 4.0, 4.5]).turn() == 1
+    assert EpochCurve([1, 2, 3], [3, 2, 1], [5.0, math.nan, 4.5]).turn() == 2
 
 
 def test_watching_keeps_the_weights_of_the_turn():
@@ -295,6 +296,20 @@ def test_watching_keeps_the_weights_of_the_turn():
     model.load_state_dict(best, strict=False)
     assert evaluate(model, held_out, context_length=16).loss == pytest.approx(min(curve.val_loss), rel=1e-5)
     assert evaluate(model, rows[0], context_length=16).loss == pytest.approx(curve.train_loss[curve.turn()], rel=1e-5)
+
+
+def test_old_checkpoints_make_no_new_curve(tmp_path):
+    ids = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(0)).numpy()
+    config = dataclasses.replace(SMALL_RUN, steps=6, eval_every=4, batch_size=2, context_length=16, warmup_steps=2)
+    curve, best = train_and_watch(small_gpt(16, 1, context_length=16), [ids], ids, config, folder=tmp_path)
+    assert len(curve.epochs) == 2 and best
+    first = EpochCurve(curve.epochs[:1], curve.train_loss[:1], curve.val_loss[:1])
+    for begun, ends in ((None, 0), (first, 4)):
+        with pytest.raises(ValueError, match=f"stand at step 6, the curve ends at step {ends}: give the curve"):
+            train_and_watch(small_gpt(16, 1, context_length=16), [ids], ids, config, folder=tmp_path, begun=begun)
+    whole = dataclasses.replace(curve)
+    assert train_and_watch(small_gpt(16, 1, context_length=16), [ids], ids, config, folder=tmp_path,
+                           begun=curve) == (whole, {}), "the turn came before"
 
 
 TINY_BOOK = dataclasses.replace(BOOK_RUN, steps=6, eval_every=2, batch_size=2, context_length=16, warmup_steps=1,

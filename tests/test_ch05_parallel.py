@@ -35,6 +35,7 @@ from ch05_pretrain.parallelize import (
 from ch05_pretrain.pretrain import (
     History,
     OneProcess,
+    Run,
     TokenLoader,
     TrainConfig,
     checkpoints,
@@ -312,6 +313,18 @@ def test_another_number_of_processes_goes_on(farm, tmp_path, config, first, then
             assert (weights[name] - value).norm() / value.norm() < 1e-4, f"{layout} {name}"
 
 
+def test_a_checkpoint_of_the_first_format_goes_on_in_many_processes(farm, tmp_path):
+    reference = dataclasses.asdict(train(build(LLAMA), text(), text()[:200], RUN))
+    asked = []
+    train(build(LLAMA), text(), text()[:200], RUN, folder=tmp_path, stop=lambda: asked.append(1) or len(asked) == 3)
+    path = checkpoints(tmp_path)[-1] / "state.json"
+    record = {name: value for name, value in json.loads(path.read_text()).items()
+              if name not in ("loader", "engine", "sha256")} | {"format": "bytes-to-chat checkpoint 1"}
+    path.write_text(json.dumps(record))
+    history = farm.run(2, train_until, {"fsdp": 2}, LLAMA, RUN, tmp_path)[0]
+    np.testing.assert_allclose(history["train_loss"], reference["train_loss"], rtol=2e-5)
+
+
 def test_checkpoints_are_whole_or_not_there_and_the_last_ones_stay(farm, tmp_path):
     run = dataclasses.replace(RUN, steps=8, save_every=1, eval_every=100, keep=2)
     (tmp_path / ".step-000007.part").mkdir()  # of a run that was killed while saving
@@ -419,6 +432,26 @@ def test_dropout_goes_on_where_it_was_and_differs_between_shares(farm, tmp_path,
     (resumed, _), _ = farm.run(2, train_with_dropout, layout, tmp_path / "parts", [2, 2, 0])
     assert whole == resumed == others
     assert samples == ["GPT [1, 4, 67]"] * 3 and not no_samples
+
+
+def dropped(layout: dict, folder: Path | None) -> set[bytes]:
+    """Which positions this process drops in one step, a mask for each time; with a folder, after resuming there."""
+    run = Run(build(dataclasses.replace(LLAMA, dropout=0.3)), text(), RUN, ManyProcesses(**layout), folder)
+    assert run.resume() == (folder is not None)
+    masks = set()
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, given, output: masks.add((output == 0).numpy().tobytes()))
+    run.model.train()
+    run.step()
+    return masks
+
+
+def test_no_stage_drops_what_another_drops(farm, tmp_path):
+    train(build(dataclasses.replace(LLAMA, dropout=0.3)), text(), text()[:200], RUN, folder=tmp_path, stop=lambda: True)
+    for folder in (None, tmp_path):
+        first, last = farm.run(2, dropped, {"pp": 2}, folder)
+        assert len(first) >= 8 <= len(last) and not first & last
 
 
 # ---------------------------------------------------------------- bad input, bad luck

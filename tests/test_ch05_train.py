@@ -431,6 +431,34 @@ def test_a_signal_to_one_process_stops_and_saves_all(place, nursery):
     assert all(code not in (0, 1) for code in codes), children[0].err + children[1].err
     stopped = int(re.search(r"after step (\d+) of 260", children[0].out)[1])
     assert checkpoints(out / "checkpoints")[-1].name == f"step-{stopped:06}"
+    assert f"\n  torchrun --nproc-per-node 2 -m ch05_pretrain.train --config {place}/tiny.toml" in children[0].out
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({}, "python -m"),
+    ({"RANK": "1", "WORLD_SIZE": "4"}, "torchrun --nproc-per-node 4 -m"),
+    ({"RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"},
+     "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m"),
+])
+def test_the_command_is_told_as_it_was_started(monkeypatch, given, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert " ".join(script.started_with()) == words
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_nobody_goes_on_before_all_have_the_corpus(place, monkeypatch, is_main):
+    """The others read it after the first process has made it, and that may take longer than a step may wait."""
+    seen, engine = [], argparse.Namespace(is_main=is_main, barrier=lambda: seen.append("barrier"))
+    monkeypatch.setattr(script, "prepare_corpus", lambda *given: seen.append("corpus") or argparse.Namespace())
+    monkeypatch.setattr(script, "make_model", lambda *given: seen.append("model") or 1 / 0)
+    monkeypatch.setattr(argparse.Namespace, "tokenizer", argparse.Namespace(vocab_size=300), raising=False)
+    given = arguments(place, place / "never")
+    with pytest.raises(ZeroDivisionError):
+        script.run(training_parser().parse_args(given), settings(*given), engine, "")
+    assert seen == (["corpus", "barrier"] if is_main else ["barrier", "corpus"]) + ["barrier", "model"]
 
 
 @posix
@@ -549,6 +577,42 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(place, capfd, monk
                   f"{9 * 6060 / 3600:.2f} at 9 an hour", "Nothing was written"):
         assert words in said, (words, said)
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_dry_run_knows_that_every_process_evaluates_all(place, capfd, monkeypatch):
+    monkeypatch.setattr(script, "measure_steps", lambda *given: 2.0)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    given = arguments(place, place / "never", "--dry-run", "--steps", "3000", "--eval-every", "100", "--eval-tokens",
+                      "96", "--batch-size", "8", "--dp", "4", "--pp", "2", "--n-layers", "2")
+    chosen, tables = training_parser().parse_args(given), settings(*given)
+    script.dry_run(chosen, tables, *script.settings_of(tables), argparse.Namespace(ranks=4, device=torch.device("cpu")))
+    # 30 evaluations of 96 tokens: by each data rank, whose step has 32, and by one stage after the other
+    assert "1:42:00 on 8 processes" in (said := capfd.readouterr().out), said
+
+
+def test_a_checkpoint_is_one_copy_on_any_mesh():
+    config = TrainConfig(**TINY["train"])
+    model = make_model(TINY["model"], 300, config, None)
+    plans = [script.describe_plan(model, config, None, training_bytes(model, config, shards, ranks))
+             for shards, ranks in ((1, 1), (1, 2), (8, 2))]
+    (said,) = {line for plan in plans for line in plan if line.startswith("a checkpoint:")}
+    state = make_optimizer(model, config)
+    model(torch.randint(300, (2, 16))).sum().backward()
+    state.step()
+    size = sum(p.nbytes for p in model.parameters())
+    size += sum(v.nbytes for s in state.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    assert script.spell_bytes(size) in said and "each process" not in said
+
+
+def test_measured_steps_can_be_cut_as_those_of_the_run():
+    config = TrainConfig(batch_size=16, accumulate=2, context_length=16)
+    model = make_model(TINY["model"], 300, config, None)
+    for most in range(1, 9):
+        flops = 2e11 / 16 / most
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "flops_per_token", lambda *given, flops=flops: flops * 0.999)
+            rows = script.measured_rows(model, config, argparse.Namespace(ranks=2, device=torch.device("cpu")))
+        assert rows == max(most - most % 2, 1)
 
 
 def test_the_measurement_is_of_real_steps(place, monkeypatch):
@@ -866,22 +930,24 @@ def test_the_slurm_file_starts_torchrun_and_queues_again(tmp_path, told_to_go):
     assert subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sh")]).returncode == 0
     stand_ins = {
         "scontrol": 'echo "$@" >> "$CALLS.scontrol"; [ "$1" = show ] && printf "node7\\nnode8\\n"; true',
-        "srun": '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] || exit 9\n'
+        "srun": '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] || exit 9\n'  # makes SIGKILL of SIGTERM, as the real one
                 'for word in "$@"; do echo "$word" >> "$CALLS.srun"; done\n'
-                'trap "exit 143" TERM; sleep ${LONG:-0} & wait $!',
+                '[ -n "$LONG" ] || exit 0\n'
+                'bash -c \'sleep 20 & trap "touch $CALLS.saved; kill $!; exit 143" TERM; touch $CALLS.task; wait\' &\n'
+                'echo $! > "$CALLS.pid"; trap "kill -KILL $!" TERM; wait $! || wait $!',
+        "scancel": 'echo "$@" >> "$CALLS.scancel"; kill -TERM "$(cat "$CALLS.pid")"',
     }
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
-                   "LONG": "20" if told_to_go else "0", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2",
+                   "LONG": "yes" if told_to_go else "", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2",
                    "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "42", "SLURM_GPUS_ON_NODE": "8",
                    "SLURM_CPUS_PER_TASK": "32"}
     given = ["--preset", "gpt2-124m", "--data", "a folder", "--fsdp", "16"]
     process = subprocess.Popen(["bash", str(LAUNCH / "slurm.sh"), *given], env=environment)
     if told_to_go:
-        wait_for(lambda: (tmp_path / "calls.srun").exists() and "16" in (tmp_path / "calls.srun").read_text())
-        time.sleep(0.3)
+        wait_for(lambda: (tmp_path / "calls.task").exists())
         process.terminate()
     code = process.wait(30)
     words = (tmp_path / "calls.srun").read_text().splitlines()
@@ -890,3 +956,6 @@ def test_the_slurm_file_starts_torchrun_and_queues_again(tmp_path, told_to_go):
     assert (found.nnodes, found.nproc_per_node) == ("2", "8") and tables["data"]["texts"] == ["a folder"]
     calls = (tmp_path / "calls.scontrol").read_text()
     assert code == (143 if told_to_go else 0) and ("requeue 42" in calls) == told_to_go
+    assert (tmp_path / "calls.saved").exists() == told_to_go, "the processes are told to save, and are not killed"
+    assert not told_to_go or (tmp_path / "calls.scancel").read_text() == "--signal=TERM 42\n"
+    assert "--cpus-per-task=32" in words, "since Slurm 22.05 srun does not take it over"

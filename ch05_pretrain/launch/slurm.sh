@@ -25,14 +25,14 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)  # where the 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # each restart finds its processes anew, not those of before
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))
 
-srun --kill-on-bad-exit=1 torchrun \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 --shutdown-timeout 120 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:29500" \
     -m ch05_pretrain.train "$@" &
 run=$!
 
 stopped=
-trap 'stopped=yes; kill -TERM $run' TERM  # srun passes it on, torchrun too, and the processes save
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM  # to the processes, which save; srun would kill them
 wait $run
 code=$?
 if [ -n "$stopped" ]; then
