@@ -105,7 +105,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines for rotary position embedding. Su et al. 2021 (RoFormer), section 3.4.
+    """Cosines and sines for rotary position embedding. Su et al. 2021 (RoFormer), section 3.2.2.
 
     ``forward(start, length)`` gives the tables of positions start ... start+length-1, each
     (length, head_dim). Pair i turns by theta ** (-2i / head_dim) radians a position, less with ``scaling``.
@@ -313,7 +313,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
     n, n_keys = query.size(2), key.size(2)
     if mask is None and n == 1 and window is not None and window < n_keys:  # a single query needs no mask
         key, value = key[:, :, -window:], value[:, :, -window:]
-    elif mask is None and (1 < n < n_keys or (window is not None and window < n_keys)):
+    elif mask is None and (1 < n != n_keys or (window is not None and window < n_keys)):
         mask = causal_mask(n, n_keys, window, device=query.device)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=bool(mask is None and n > 1), dropout_p=dropout,

@@ -184,7 +184,8 @@ def int8_product(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """A linear layer whose matrix is kept as integers of 8 bits and a scale a row, for inference.
 
-    (..., in) -> (..., out). A few rows on a CPU go through PyTorch's own kernel, with x rounded to bfloat16.
+    (..., in) -> (..., out). A few rows on a CPU go through PyTorch's own kernel, with x rounded to bfloat16,
+    if their width is a multiple of 16.
     """
 
     kernel = staticmethod(getattr(torch, "_weight_int8pack_mm", None))
@@ -198,8 +199,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1))
-        if self.kernel and len(rows) <= 16 and x.device.type == "cpu":
-            y = self.kernel(rows.bfloat16(), self.integers, self.scale_bfloat16).to(x.dtype)
+        fits = len(rows) <= 16 and rows.size(1) % 16 == 0  # it reads 16 numbers at a time, past a row's end
+        if self.kernel and fits and x.device.type == "cpu":
+            y = self.kernel(rows.bfloat16().contiguous(), self.integers, self.scale_bfloat16).to(x.dtype)
         else:
             y = int8_product(rows, self.integers, self.scale)
         y = y if self.bias is None else y + self.bias
@@ -220,7 +222,7 @@ class Int8Embedding(nn.Module):
         return self.integers
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return self.integers[token_ids] * self.scale[token_ids][..., None]
+        return F.embedding(token_ids, self.integers) * F.embedding(token_ids, self.scale[:, None])
 
 
 @torch.no_grad()
@@ -255,10 +257,10 @@ def lookup_draft(text: Tensor, n: int, size: int = 3) -> tuple[Tensor, None]:
 
 def next_distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                       top_p: float | None = None, min_p: float | None = None) -> Tensor:
-    """The probabilities that ``sample`` draws from: (..., V) -> (..., V). Temperature 0: all on the best."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits.dtype)
-    return torch.softmax(keep_likely(logits / temperature, top_k, top_p, min_p), dim=-1)
+    """The probabilities that ``sample`` draws from: (..., V) -> float32 (..., V). Temperature 0: all on the best."""
+    if temperature < 1e-6:  # to divide by less can overflow
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    return torch.softmax(keep_likely(logits.float() / temperature, top_k, top_p, min_p), dim=-1)
 
 
 def accept_draft(model_says: Tensor, draft: Tensor, draft_says: Tensor | None = None,

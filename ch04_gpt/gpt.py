@@ -120,7 +120,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if (torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
-                and not torch.compiler.is_compiling()):
+                and x.dim() > 1 and x.size(-1) == len(self.weight) and not torch.compiler.is_compiling()):
             return RMSNormGradient.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -172,7 +172,8 @@ class GPTConfig:
     """The sizes of a GPT and its choices between the parts of GPT-2, Llama and Qwen3.
 
     ``ValueError`` if they do not fit together. ``dataclasses.replace`` keeps what was filled in: with a new
-    ``d_model`` or ``n_heads``, also pass ``head_dim=None`` and ``d_ff=None``.
+    ``d_model``, also pass ``head_dim=None`` and ``d_ff=None``; with a new ``n_heads``, ``head_dim=None`` and
+    ``n_kv_heads=None``.
     """
 
     vocab_size: int                 # V
@@ -448,6 +449,8 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
     number of the queries and each position that they see, on average T / 2 of T, or w - w² / 2T with a window.
     Kaplan et al. 2020, section 2.1.
     """
+    if context_length < 1:
+        raise ValueError(f"context_length is {context_length}; it must be at least 1.")
     heads = config.head_dim * config.n_heads
     attention = config.d_model * (2 * heads + 2 * config.head_dim * config.n_kv_heads)
     mlp = config.d_model * config.d_ff * (3 if config.mlp == "swiglu" else 2)
@@ -557,9 +560,9 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     check_sampling(logits.size(-1), temperature, top_k, top_p, min_p)
     if logits.device.type == "cpu":
         check_logits(logits)
-    if temperature == 0:
+    if temperature < 1e-6:  # to divide by less can overflow
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(keep_likely(logits / temperature, top_k, top_p, min_p), dim=-1)
+    probabilities = torch.softmax(keep_likely(logits.float() / temperature, top_k, top_p, min_p), dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
@@ -585,13 +588,14 @@ def chooser(token_ids: Tensor, vocab_size: int, *, repetition_penalty: float = 1
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside ``with evaluating(model):`` it computes without dropout; then it is in the mode it was in."""
-    was_training = model.training
+    """Inside ``with evaluating(model):`` it computes without dropout; then each part is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
 
 
 class TextReader:

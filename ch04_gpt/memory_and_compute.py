@@ -82,8 +82,9 @@ def activation_bytes(config: GPTConfig, batch_size: int, context_length: int, pr
                      checkpointing: bool = False) -> int:
     """Memory that a forward pass keeps for the backward pass, in bytes, with fused attention and no dropout.
 
-    ``checkpointing`` keeps only the input of each layer and computes one layer at a time again (Chen et al.
-    2016). The log-probabilities are float32 in any precision.
+    A window shorter than the context needs a mask, which each layer keeps as numbers. ``checkpointing`` keeps
+    only the input of each layer and computes one layer at a time again (Chen et al. 2016). The
+    log-probabilities are float32 in any precision.
     """
     check_run(config, batch_size, context_length, precision, TRAINING_BYTES)
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -91,8 +92,10 @@ def activation_bytes(config: GPTConfig, batch_size: int, context_length: int, pr
     mlp = config.d_ff * (4 if config.mlp == "swiglu" else 2)
     layer = 4 * config.d_model + attention + mlp + (2 * queries + keys if config.qk_norm else 0)
     layers = config.n_layers * config.d_model + layer if checkpointing else config.n_layers * layer
-    a_token = TRAINING_BYTES[precision][1] * (layers + 2 * config.d_model) + 4 * config.vocab_size
-    return batch_size * context_length * a_token
+    size, windowed = TRAINING_BYTES[precision][1], (config.window or context_length) < context_length
+    a_token = size * (layers + 2 * config.d_model) + 4 * config.vocab_size
+    masks = windowed * size * context_length**2 * (1 if checkpointing else config.n_layers)
+    return batch_size * context_length * a_token + masks
 
 
 def training_memory(config: GPTConfig, batch_size: int, context_length: int, precision: str = "float32",

@@ -126,11 +126,11 @@ def add_experts(model: GPT, n_experts: int, top_k: int, d_ff: int | None = None,
     if config.mlp != "swiglu":
         raise ValueError(f"This model's mlp is {config.mlp!r}; the experts are gated MLPs: build it with "
                          "mlp='swiglu'.")
-    if d_ff is None and config.d_ff % top_k:
+    if d_ff is None and config.d_ff % max(top_k, 1):  # a top_k of 0 is for the router to refuse
         raise ValueError(f"The MLP's width {config.d_ff} does not divide among {top_k} experts: give d_ff.")
     with torch.device(model.device):
         for block in model.blocks:
-            block.mlp = MoE(config.d_model, d_ff or config.d_ff // top_k, n_experts, top_k, capacity_factor)
+            block.mlp = MoE(config.d_model, d_ff or config.d_ff // max(top_k, 1), n_experts, top_k, capacity_factor)
     init_weights(model)
     return model
 

@@ -209,11 +209,11 @@ def open_safetensors(path: Path, stack: ExitStack) -> dict[str, Stored]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-    if start[:4] in PICKLE_STARTS or start[:2] in PICKLE_STARTS:
-        raise refuse_pickle(path)
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
+        if start[:4] in PICKLE_STARTS or start[:2] in PICKLE_STARTS:  # a whole file may begin so, too
+            raise refuse_pickle(path) from None
         header = int.from_bytes(start, "little")
         raise ValueError(f"{path} is damaged or cut short: {size:,} bytes, of which the first eight announce "
                          f"a header of {header:,} ({error}). Download or copy it again.") from None
@@ -505,8 +505,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_bytes: int |
         files.append("model.safetensors.index.json")
         write_text(folder / files[-1], json.dumps({"metadata": total, "weight_map": places}, indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    for old in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"]:
-        if old.name not in files:
+    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+    for old in folder.glob("model*.safetensors*"):
+        if ours.fullmatch(old.name) and old.name not in files:
             old.unlink(missing_ok=True)  # a model saved here before, in another number of files
 
 
@@ -566,16 +567,18 @@ class GGUFHeader:
         if (magic := self.data[:4].tobytes()) != b"GGUF":
             raise ValueError(f"{path} begins with {magic!r}, not with b'GGUF': it is no GGUF file.")
         values = GGUFBytes(self.data)
+        if size >= 8 and (version := values.number("I")) not in (2, 3):
+            raise ValueError(f"{path} is GGUF version {version}; versions 2 and 3 are read here.")
         try:
-            version, tensors, entries = values.number("I"), values.number("Q"), values.number("Q")
+            tensors, entries = values.number("Q"), values.number("Q")
             self.metadata = {values.text(): values.value(values.number("I")) for _ in range(entries)}
             self.tensors = dict(values.tensor() for _ in range(tensors))
-        except (struct.error, ValueError) as error:
+            alignment = self.metadata.get("general.alignment", 32)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise ValueError(f"an alignment of {alignment!r}")
+        except (struct.error, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or cut short: its {size:,} bytes hold no whole header "
                              f"({error}). Download or copy it again.") from None
-        if version not in (2, 3):
-            raise ValueError(f"{path} is GGUF version {version}; versions 2 and 3 are read here.")
-        alignment = self.metadata.get("general.alignment", 32)
         self.start = -(-values.at // alignment) * alignment
 
 

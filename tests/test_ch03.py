@@ -724,6 +724,8 @@ def rolled_cache():
     (ValueError, ["head_dim is 7", "even"], lambda: RotaryEmbedding(7, 9)),
     (ValueError, ["Position 16", "15", "context_length"], lambda: RotaryEmbedding(8, 16)(10, 7)),
     (ValueError, ["5 queries", "3 keys"], lambda: causal_mask(5, 3)),
+    (ValueError, ["5 queries", "3 keys"],
+     lambda: causal_attention(normal(1, 2, 5, 8), normal(1, 2, 3, 8), normal(1, 2, 3, 8))),
     (ValueError, ["window is -1", "at least 1"], lambda: causal_mask(5, window=-1)),
     (ValueError, ["8 numbers", "keys 6", "same"], lambda: attention_weights(normal(2, 8), normal(2, 6))),
     (TypeError, ["torch.float32", "torch.bool", "mask.bool()"],

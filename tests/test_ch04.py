@@ -97,6 +97,15 @@ def test_gradients_equal_those_of_torch(ours, theirs, dtype):
     ours.float(), theirs.float()
 
 
+def test_a_single_vector_and_a_width_that_does_not_fit():
+    norm, x = RMSNorm(8), torch.randn(8, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad.shape == norm.weight.grad.shape == (8,)
+    for width in (1, 4):
+        with pytest.raises(RuntimeError, match=r"normalized_shape=\[8\]"):
+            norm(torch.randn(2, width))
+
+
 def test_without_gradients_the_same_numbers_come_out():
     norm, x = RMSNorm(24), torch.randn(3, 5, 24) * 4
     with torch.no_grad():
@@ -281,6 +290,11 @@ def test_flops_per_token_equals_torch_counter(config):
     assert counter.get_total_flops() == 2 * 32 * (flops_per_token(config, 32) + unneeded)
 
 
+def test_flops_of_no_context_are_refused():
+    with pytest.raises(ValueError, match="context_length is 0; it must be at least 1"):
+        flops_per_token(GPT2, 0)
+
+
 def test_flops_with_a_window_count_the_positions_that_are_seen():
     def attention(window, length):
         config = dataclasses.replace(QWEN, window=window)
@@ -377,6 +391,14 @@ def test_configuration_fills_in_and_is_frozen():
     assert (GPT2.n_kv_heads, GPT2.d_ff, GPT2.head_dim) == (4, 192, 12)
     with pytest.raises(dataclasses.FrozenInstanceError):
         GPT2.n_layers = 5
+
+
+def test_to_replace_heads_or_width_what_was_filled_in_is_emptied_as_the_docstring_says():
+    names = [field.name for field in dataclasses.fields(GPTConfig)
+             if field.default is None and getattr(GPT2, field.name) is not None]
+    assert len(names) == 3 and all(f"``{name}=None``" in GPTConfig.__doc__ for name in names)
+    more = dataclasses.replace(GPT2, n_heads=8, head_dim=None, n_kv_heads=None)
+    assert (more.n_kv_heads, more.head_dim) == (8, 6)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "window"])

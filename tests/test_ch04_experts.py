@@ -238,6 +238,7 @@ def test_start_is_chapter_fours():
     (lambda: MoE(8, 8, 4, 5), "top_k is 5; with 4 experts it must be 1 to 4"),
     (lambda: MoE(8, 8, 4, 0), "top_k is 0; with 4 experts it must be 1 to 4"),
     (lambda: MoE(8, 8, 4, 2, capacity_factor=0.0), "capacity_factor is 0.0; it must be above 0, or None"),
+    (lambda: small(top_k=0), "top_k is 0; with 4 experts it must be 1 to 4"),
     (lambda: small(d_ff=25), "width 25 does not divide among 2 experts: give d_ff"),
     (lambda: add_experts(GPT(GPTConfig(50, 16, 16, 1, 2)), 4, 2), "mlp is 'gelu'"),
 ])

@@ -224,18 +224,29 @@ def test_the_layer_equals_its_definition(rows, bias, kernel, monkeypatch):
         assert layer(x[0]).shape == (rows, 160)
 
 
-def test_the_kernel_is_used_for_few_rows_only(monkeypatch):
+def test_the_kernel_is_used_for_few_rows_of_whole_sixteens_only(monkeypatch):
     calls = []
 
-    def kernel(x, integers, scale):
-        calls.append(len(x))
+    def kernel(x, integers, scale):  # the real one reads past the end of other widths
+        assert x.is_contiguous()
+        calls.append(tuple(x.shape))
         return x @ integers.to(x.dtype).T * scale
 
     monkeypatch.setattr(Int8Linear, "kernel", staticmethod(kernel))
-    layer = Int8Linear(*quantize_rows(torch.randn(8, 4)))
-    for rows in (1, 16, 17):
-        layer(torch.randn(rows, 4))
-    assert calls == [1, 16]
+    for width in (4, 16, 48, 100, 341, 344):
+        layer = Int8Linear(*quantize_rows(torch.randn(8, width)))
+        for rows in (1, 16, 17):
+            x = torch.randn(width, rows).T
+            exact = F.linear(x, layer.integers * layer.scale[:, None])
+            torch.testing.assert_close(layer(x), exact, atol=0.2, rtol=0.02)
+    assert calls == [(1, 16), (16, 16), (1, 48), (16, 48)]
+
+
+def test_eight_bits_refuse_an_id_outside_the_vocabulary():
+    small = quantize_int8(lively(LLAMA))
+    for ids in ([[1, -1]], [[97]]):
+        with pytest.raises(ValueError, match="the vocabulary has 0 to 96"):
+            small(torch.tensor(ids))
 
 
 @CONFIGS
@@ -333,6 +344,12 @@ def test_a_perfect_draft_is_always_accepted_and_an_impossible_one_never():
     for _ in range(50):
         assert len(accept_draft(says, torch.tensor([0, 1, 1]), says[:3])) == 4
         assert accept_draft(says, torch.tensor([2, 1, 1]))[0] != 2
+
+
+@pytest.mark.parametrize("dials", [{"temperature": 0}, {"top_p": 0.99}, {"top_p": 0.95}])
+def test_sixteen_bit_logits_are_cut_off_where_the_same_numbers_in_32_bits_are(dials):
+    logits = (4 * torch.randn(8, 49_152) + 12).bfloat16()
+    assert torch.equal(next_distribution(logits, **dials), next_distribution(logits.float(), **dials))
 
 
 @CONFIGS

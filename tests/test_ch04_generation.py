@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers import generation as theirs
 
+from ch04_gpt.fast_generation import FusedDecoder
 from ch04_gpt.gpt import (
     GPT,
     GPTConfig,
@@ -141,6 +142,19 @@ def test_sampling_follows_the_distribution_that_is_left():
     assert kept(keep_min_p(logits / 1.5, 0.3)) == {0, 1, 2}
     torch.testing.assert_close(torch.bincount(draws, minlength=6)[:3] / 40_000, expected, atol=0.01, rtol=0)
     assert draws.max() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_logits_are_sampled_as_the_same_numbers_in_32_bits(dtype):
+    logits = (4 * torch.randn(8, 49_152) + 12).to(dtype)
+    for dials in ({"top_p": 0.95}, {"temperature": 1e-4}):  # so divided, 16 bits cannot hold them
+        draws = [sample(x, **dials, generator=torch.Generator().manual_seed(1)) for x in (logits, logits.float())]
+        assert torch.equal(*draws)
+
+
+def test_a_temperature_too_small_to_divide_by_takes_the_largest():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, 1e-45).tolist() == sample(logits, 0.0).tolist() == [1]
 
 
 def test_sampling_with_the_penalty_equals_transformers_choice_by_choice():
@@ -474,6 +488,16 @@ def test_a_model_in_training_mode_is_left_in_it():
     found = beam_search(model, prompt, 8)
     assert model.training
     assert torch.equal(found, beam_search(model.eval(), prompt, 8))
+
+
+def test_each_part_of_a_model_is_left_in_the_mode_it_was_in():
+    model = lively(dataclasses.replace(LLAMA, dropout=0.5))
+    generate(FusedDecoder(model), tokens(1, 4), 2)  # the decoder is new, so in training mode; the model is not
+    assert not any(module.training for module in model.modules())
+    model.train().blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, tokens(1, 4), 2)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_greedy_loss_of_the_text_is_what_the_model_says():

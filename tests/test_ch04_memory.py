@@ -1,6 +1,7 @@
 """Chapter 4's bill of a model: formulas against counts, counters and the memory that tensors really take."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -30,6 +31,7 @@ FAMILIES = {
     "untied": llama_style(500, 128, **SHAPE, d_ff=200, tie_embeddings=False),
     "qwen3": llama_style(500, 128, **SHAPE, n_kv_heads=2, d_ff=256, head_dim=32, qk_norm=True),
 }
+WINDOW = llama_style(500, 128, **SHAPE, n_kv_heads=2, d_ff=256, window=16)
 GPT2, LLAMA = PRESETS["gpt2-124m"], PRESETS["llama3.2-1b"]
 
 
@@ -111,25 +113,26 @@ def saved_bytes(model, ids):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", [*FAMILIES.values(), WINDOW], ids=[*FAMILIES, "window"])
 def test_activations_equal_what_autograd_keeps(config):
     ids = torch.randint(500, (2, 128))
     assert saved_bytes(GPT(config), ids) == pytest.approx(activation_bytes(config, 2, 128), rel=0.03)
 
 
-def test_bfloat16_halves_all_activations_but_the_log_probabilities():
-    config, ids = FAMILIES["gpt2"], torch.randint(500, (2, 128))
+@pytest.mark.parametrize("config", [FAMILIES["gpt2"], replace(FAMILIES["gpt2"], window=16)], ids=["gpt2", "window"])
+def test_bfloat16_halves_all_activations_but_the_log_probabilities(config):
+    ids = torch.randint(500, (2, 128))
     by_formula = activation_bytes(config, 2, 128, "bfloat16")
     assert saved_bytes(GPT(config).bfloat16(), ids) == pytest.approx(by_formula, rel=0.05)
     assert 2 * by_formula - activation_bytes(config, 2, 128) == 2 * 128 * 500 * 4
 
 
-def test_checkpointing_keeps_the_inputs_of_the_layers():
-    config, ids = FAMILIES["llama"], torch.randint(500, (2, 128))
-    model = GPT(config)
+@pytest.mark.parametrize("config", [FAMILIES["llama"], WINDOW], ids=["llama", "window"])
+def test_checkpointing_keeps_the_inputs_of_the_layers(config):
+    model, ids = GPT(config), torch.randint(500, (2, 128))
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    shallow = llama_style(500, 128, 96, 2, 6, n_kv_heads=2, d_ff=256)
+    shallow = replace(config, n_layers=2)
     inside = activation_bytes(config, 2, 128) - activation_bytes(shallow, 2, 128)
     assert saved_bytes(model, ids) == pytest.approx(
         activation_bytes(config, 2, 128, checkpointing=True) - inside, rel=0.02)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ch03_attention.attention import RopeScaling
 from ch04_gpt.fast_generation import quantize_int8
-from ch04_gpt.gpt import GPT, PRESETS, GPTConfig, generate
+from ch04_gpt.gpt import GPT, PRESETS, GPTConfig, generate, llama_style
 from ch04_gpt.weights import (
     GGUFHeader,
     from_hugging_face,
@@ -353,14 +353,16 @@ def test_their_tensors_are_views_in_both_directions():
 def test_saving_again_in_another_number_of_files_leaves_no_old_ones(tmp_path):
     first, second = lively(GPT(LLAMA)), lively(GPT(QWEN3))
     save_pretrained(first, tmp_path, 30_000)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    own = {"tokenizer.json", "model_before_dpo.safetensors", "model-best.safetensors", "models.safetensors"}
+    for name in own:
+        (tmp_path / name).write_text("{}")
     save_pretrained(second, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", *own}
     save_pretrained(first, tmp_path, 60_000)
     assert not (tmp_path / "model.safetensors").exists()
     again = load_pretrained(GPT, tmp_path)
     assert torch.equal(again.blocks[1].mlp.w_up.weight, first.blocks[1].mlp.w_up.weight)
-    sizes = [p.stat().st_size for p in tmp_path.glob("model-*")]
+    sizes = [p.stat().st_size for p in tmp_path.glob("model-*-of-*")]
     assert len(sizes) > 2 and max(sizes) < 60_000 + 4_000
     with pytest.raises(ValueError, match="max_shard_bytes is 0; it must be at least 1"):
         save_pretrained(first, tmp_path, 0)
@@ -439,6 +441,13 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path, name, write):
         refused(folder / name, f"{name} is a pickle")
         refused(tmp_path / "nowhere" / name, f"{name} is a pickle")
     assert not exploded.exists()
+
+
+def test_a_header_of_a_length_whose_bytes_begin_a_pickle(tmp_path):
+    model = GPT(llama_style(4096, 256, 64, 1, 2))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes()[:4] == b"\x80\x04\0\0"
+    assert torch.equal(load_pretrained(GPT, tmp_path).lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 500, 100_000, -1])
@@ -590,9 +599,20 @@ def test_a_truncated_gguf(tmp_path, share):
     refused(path, "no GGUF file" if share == 0 else "cut short", *["copy it again"] * (share > 0))
 
 
+def with_entry(raw, name, kind, value):
+    """A GGUF file with one more entry, the first."""
+    count = struct.pack("<Q", struct.unpack_from("<Q", raw, 16)[0] + 1)
+    return raw[:16] + count + struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value + raw[24:]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda raw: b"PK" + raw[2:], "begins with b'PKUF', not with b'GGUF'"),
     (lambda raw: raw[:4] + struct.pack("<I", 99) + raw[8:], "version 99; versions 2 and 3"),
+    (lambda raw: raw[:4] + struct.pack("<IIQ", 1, 30, 15) + raw[24:], "version 1; versions 2 and 3"),  # shorter sizes
+    (lambda raw: raw[:4] + struct.pack(">IQQ", 3, 30, 15) + raw[24:], "version 50331648; versions 2 and 3"),
+    (lambda raw: with_entry(raw, b"general.alignment", 4, b"\0" * 4), "hold no whole header (an alignment of 0)"),
+    (lambda raw: with_entry(raw, b"general.alignment", 8, struct.pack("<Q1s", 1, b"8")), "(an alignment of '8')"),
+    (lambda raw: with_entry(raw, b"x", 9, struct.pack("<IQ", 9, 1) * 3000), "damaged or cut short"),
     (lambda raw: raw[:16] + struct.pack("<Q", 2**60) + raw[24:], "damaged or cut short"),
     (lambda raw: raw[:24] + struct.pack("<Q", 2**60) + raw[32:], "damaged or cut short"),
 ])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from test_accessibility import SHAPE, TEXT, WHITE, contrast, lab, rgb
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ch03_attention.attention import MultiHeadAttention, RotaryEmbedding
 from ch04_gpt.gpt import GPT, PRESETS, GPTConfig, SwiGLU, TransformerBlock
+from ch04_gpt.mixture_of_experts import Router
 from ch06_finetune.finetune import LoRALinear
 from utils import diagrams
 from utils.diagrams import describe_diagram, draw, record
@@ -289,6 +292,37 @@ def test_the_module_and_the_random_numbers_stay_as_they_were():
         record(model, x, depth=0)
 
 
+def test_the_random_numbers_of_all_gpus_in_use_are_kept(monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append({*map(str, devices)}) or nullcontext())
+    with FakeTensorMode():  # tensors without numbers, on devices that need not be there
+        record(nn.Dropout(0.5), torch.empty(9, device="cuda:1"))
+        record(nn.LayerNorm(9, device="cuda:0"), torch.empty(9, device="cuda:0"))
+    record(nn.LayerNorm(9), torch.empty(9))
+    assert kept == [{"cuda:1"}, {"cuda:0"}, set()]
+
+
+def test_inference_mode_changes_no_diagram():
+    bends = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Identity())
+    for model, x in ((GPT(GPTConfig(6, 8, 12, 2, 3)), torch.tensor([[1, 2]])), (bends, torch.ones(1, 4))):
+        with torch.inference_mode():
+            inside = record(model, x.clone())
+            assert torch.is_inference_mode_enabled()
+        assert describe_diagram(inside) == describe_diagram(record(model, x))
+
+
+def test_a_constant_in_the_shape_of_weights_is_no_weight():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.inner(x) * torch.ones(1).expand_as(self.weight)
+
+    assert [node.name for node in record(Spread(), torch.ones(2, 3)).nodes] == ["x", "inner", "× constant", ""]
+
+
 # ---------------------------------------------------------------- what is drawn
 
 
@@ -377,6 +411,11 @@ def test_the_words_name_every_box_and_end_as_a_sentence(pages):
             assert words.endswith(".") and "{" not in words and "  " not in words
             assert all(box.name in words for box, _ in boxes(diagram))
     assert describe_diagram(pages["pre"][""]).endswith("Out comes (1, 6, 8).")
+
+
+def test_the_words_name_all_that_comes_out():
+    words = describe_diagram(record(Router(16, 4, 2), torch.randn(3, 16)))
+    assert words.endswith(". Out come scores, topk and div.") and " in ." not in words
 
 
 def test_a_notebook_gets_the_picture_with_its_words(monkeypatch):

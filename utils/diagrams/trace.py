@@ -77,17 +77,18 @@ def record(module: nn.Module, *inputs, depth: int = 1, look_into: Collection[str
     """Run ``module(*inputs, **options)`` once, without gradients, and return what happened.
 
     ``depth`` 1 shows the modules in it as boxes, 2 also what is inside those, and so on. A Python function that
-    a module calls is one box, unless ``look_into`` has its name. The module, its mode and the random numbers of
-    the caller stay as they are.
+    a module calls is one box, unless ``look_into`` has its name. The module's weights and mode and the random
+    numbers of the caller stay as they are; buffers, such as running means, change as in any call.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; it must be at least 1: the modules directly inside this one.")
     recorder = _Recorder(depth, frozenset(look_into))
+    gpus = {tensor.device for tensor in [*module.parameters(), *_tensors((inputs, options))] if tensor.is_cuda}
     hooks = [hook for part in module.modules() for hook in (
         part.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True),
         part.register_forward_hook(recorder.leave, with_kwargs=True))]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=gpus), recorder:
             module(*inputs, **options)
     finally:
         for hook in hooks:
@@ -116,6 +117,11 @@ def _tensors(value) -> list[Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for part in value for tensor in _tensors(part)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one made in inference mode does not count, and here stays as it is."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _count(module: nn.Module) -> int:
@@ -261,12 +267,12 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = _tensors((args, kwargs))
-        before = [tensor._version for tensor in given]
+        before = [_version(tensor) for tensor in given]
         result = func(*args, **(kwargs or {}))
         made, name = _tensors(result), getattr(func, "__name__", "")
         spoken = (func.__self__.__name__ if name == "__get__" else name).strip("_")
         same = all(any(m is g for g in given) for m in made)
-        if self.calls and made and (not same or before != [tensor._version for tensor in given]):
+        if self.calls and made and (not same or before != [_version(tensor) for tensor in given]):
             for call in self.calls:
                 call.operations += 1
             if self.calls[-1].diagram is not None:
@@ -283,7 +289,7 @@ class _Recorder(TorchFunctionMode):
         if name in MOVES and len(made) == 1 and id(given[0]) in call.names:
             call.names.setdefault(id(made[0]), call.names[id(given[0])])
         if name in MOVES and not any(isinstance(source, Node) for source in sources):
-            for tensor in made:  # still the same weights, cut or turned
+            for tensor in made if id(given[0]) in call.weights else []:  # still the same weights, cut or turned
                 call.weights[id(tensor)] = call.weights[id(given[0])]
             return
         if group is not None:

@@ -45,6 +45,9 @@ class _Spoken:
             return
         if node.kind in ("sum", "product"):
             self._joined(node, sources)
+        elif node.kind == "output" and len(sources) > 1:
+            self._end()
+            self._sentence(f"Out come {_and([self._name(source) for source in sources])}")
         elif len(sources) == 1 and (not self.chain or sources[0] is self.chain[-1]):
             self.chain = [*(self.chain or sources), node]
         else:
