@@ -14,6 +14,7 @@ __all__ = [
     "spam_chance",
     "word_features",
     "words_and_pairs",
+    "fit_bag",
     "bag_chances",
     "both_states",
     "POOLS",
@@ -174,11 +175,16 @@ def words_and_pairs(text: str) -> set[str]:
     return {*words, *map(" ".join, zip(words, words[1:], strict=False))}
 
 
-def bag_chances(learn: LabelledTexts, exam: Sequence[str], decay: float = 3e-4, pairs: bool = True) -> list[float]:
-    """The probability of spam by a logistic regression on the words (and pairs) that occur twice in ``learn``."""
+def fit_bag(learn: LabelledTexts, decay: float = 3e-4, pairs: bool = True) -> tuple[nn.Linear, list[str]]:
+    """A logistic regression on the words (and pairs) that occur twice in ``learn``, and these in their order."""
     counts = Counter(word for text in learn.texts for word in words_and_pairs(text))
     known = sorted(word for word, n in counts.items() if n > 1 and (pairs or " " not in word))
-    head = fit_head(word_features(learn.texts, known), learn.labels, decay=decay, standardise=False)
+    return fit_head(word_features(learn.texts, known), learn.labels, decay=decay, standardise=False), known
+
+
+def bag_chances(learn: LabelledTexts, exam: Sequence[str], decay: float = 3e-4, pairs: bool = True) -> list[float]:
+    """The probability of spam for each text of ``exam``, by ``fit_bag``."""
+    head, known = fit_bag(learn, decay, pairs)
     return spam_chance(head, word_features(exam, known))
 
 
@@ -433,13 +439,17 @@ class SpamLab:
 
 
 def chosen_examples(labels: Sequence[int], recipe: SpamRecipe) -> list[int]:
-    """The positions that a recipe learns from, in random order; spam repeated or ham left out as it says."""
+    """The positions that a recipe learns from, in random order; spam repeated or ham left out as it says.
+
+    ``ValueError`` for more examples than there are labels, or if all of them are of one class.
+    """
     n = recipe.examples or len(labels)
     if n > len(labels):
         raise ValueError(f"examples is {n}; there are {len(labels)} to learn from.")
     positions = list(range(len(labels)))
     if n < len(labels):
         positions = stratified_split(labels, (n / len(labels), 1 - n / len(labels)), recipe.seed)[0]
+    check_labels([labels[i] for i in positions], len(positions), 2)
     ham, spam = ([i for i in positions if labels[i] == label] for label in (0, 1))
     if recipe.balance == "fewer":
         return ham[: len(spam)] + spam
@@ -474,7 +484,8 @@ def tuned_classifier(lab: SpamLab, recipe: SpamRecipe, learn: Sequence[int]) -> 
         add_lora(model, recipe.rank, 2.0 * recipe.rank)
     classifier = SequenceClassifier(model, 2, POOLS[recipe.pool])
     features, learn = lab.features("train", recipe), list(learn)
-    classifier.head = fit_head(features[learn], [labels[i] for i in learn], decay=recipe.decay).requires_grad_(True)
+    head = fit_head(features[learn], [labels[i] for i in learn], decay=recipe.decay)
+    classifier.head = head.to(lab.model.device).requires_grad_(True)
     train_classifier(classifier, [sequences[i] for i in learn], [labels[i] for i in learn],
                      epochs=recipe.epochs, max_lr=recipe.lr, seed=recipe.seed)
     return classifier

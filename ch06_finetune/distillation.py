@@ -457,7 +457,8 @@ def record_lessons(path: Path = RECORD_OF_LESSONS, precision: str = "float32", a
     most = max(tokens for _, tokens in LESSONS["classes"])
     notes = prepare_notes(school, most, LESSONS["k"], f"smollm2-135m {precision}", LESSONS["window"])
     if "before" not in record:
-        record |= {"command": COMMAND, "settings": LESSONS, "teacher_precision": precision,
+        command = COMMAND if precision == "float32" else f"{COMMAND} --precision {precision}"
+        record |= {"command": command, "settings": LESSONS, "teacher_precision": precision,
                    "threads": torch.get_num_threads(), "before": first_marks(school),
                    "untaught": {name: examine_pupil(school, new_pupil(school, name)) for name in LESSONS["max_lr"]}}
         write_text(path, json.dumps(record, indent=1))

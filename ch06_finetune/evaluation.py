@@ -238,9 +238,11 @@ def coverage(ends: Sequence[tuple[float, float]], truth: float) -> float:
     if len(ends) < 2 or not 0 <= truth <= 1:
         raise ValueError(f"There are {len(ends)} intervals, and the true share is {truth}; give those of 0 to n right "
                          "with n of at least 1, and a share between 0 and 1.")
-    n = len(ends) - 1
-    return sum(math.comb(n, k) * truth**k * (1 - truth) ** (n - k)
-               for k, (low, high) in enumerate(ends) if low <= truth <= high)
+    right = torch.arange(len(ends), dtype=torch.float64)  # k; turned round it is n - k
+    factorials = torch.lgamma(right + 1)  # their logarithms: the factorials themselves outgrow a float
+    ways = factorials[-1] - factorials - factorials.flip(0)
+    chances = torch.exp(ways + torch.xlogy(right, truth) + torch.special.xlog1py(right.flip(0), -truth))
+    return sum(chance for chance, (low, high) in zip(chances.tolist(), ends, strict=True) if low <= truth <= high)
 
 
 def questions_needed(difference: float, spread: float, power: float = 0.8, level: float = 0.95) -> int:

@@ -542,7 +542,7 @@ class LoRALinear(nn.Module):
         rows = x.reshape(-1, x.size(-1))
         out = self.base(rows)
         low = nn.functional.linear(rows.to(self.lora_a.dtype), self.lora_a) * self.scale  # (rows, rank)
-        if out.dtype == low.dtype:  # into the numbers that are there already: no second table of their size
+        if out.dtype == low.dtype == self.lora_b.dtype:  # into the numbers there are: no second table of their size
             out = out.addmm_(low, self.lora_b.T)
         else:
             out = out + nn.functional.linear(low, self.lora_b).to(out.dtype)
@@ -1047,8 +1047,9 @@ def choice_log_probs(model: GPT, prompts: Sequence[Sequence[int]], options: Sequ
     tokens, or one that does not fit into the model's context.
     """
     check_choices(prompts, options, model.config.context_length)
-    shared = 0  # how many tokens all prompts begin with; each keeps at least one of its own
-    while all(len(prompt) > shared + 1 and prompt[shared] == prompts[0][shared] for prompt in prompts):
+    shared = 0  # how many tokens all prompts begin with, each keeping one of its own; a window would drop them
+    while model.config.window is None and all(
+            len(prompt) > shared + 1 and prompt[shared] == prompts[0][shared] for prompt in prompts):
         shared += 1
     cache, device, found = model.new_cache(), model.device, [torch.empty(0)] * len(prompts)
     if shared:
@@ -1203,8 +1204,12 @@ class PromptCache:
         """The logits (1, V) after a sequence of ids; ``computed`` counts those that were not in the cache."""
         pairs = zip(token_ids[:-1], self.token_ids, strict=False)  # the last one is always computed
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        for layer in self.layers:
-            layer.truncate(shared)
+        try:
+            for layer in self.layers:
+                layer.truncate(shared)
+        except ValueError:  # a window has dropped what the shorter beginning needs: read it again
+            self.forget()
+            shared = 0
         new = torch.tensor([token_ids[shared:]], device=self.model.device)
         try:
             states = self.model.hidden_states(new, self.layers)
@@ -1244,6 +1249,8 @@ class Assistant:
 
     def __post_init__(self):
         check_sampling(self.model.config.vocab_size, self.temperature, None, self.top_p)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         self.max_new_tokens = min(self.max_new_tokens, self.model.config.context_length // 2)
         self.cache, self.generator = PromptCache(self.model.eval()), torch.Generator(self.model.device)
         self.generator.manual_seed(self.generator.seed() if self.seed is None else self.seed)

@@ -184,7 +184,7 @@ def word_tasks(words: Sequence[str], category: str, wordings: Sequence[int], sou
 
 def number_tasks(n: int, examined: bool, wordings: Sequence[int], source: random.Random,
                  largest: int = 99) -> list[Task]:
-    """``n`` sums and differences of numbers from 2 to ``largest``, no two of them the same.
+    """``n`` sums and differences of numbers from 2 to ``largest``, none of them twice (but a + a and 2a - a may be).
 
     a + b = c, b + a = c, c - a = b and c - b = a are one content, {a, b}: all of them examined, or none.
     """
@@ -494,8 +494,8 @@ def _read_progress(path: Path, learned: dict[str, Tensor], optimizer: AdamW) -> 
         log = json.loads(file.metadata()["log"])
         for name, p in learned.items():
             p.data.copy_(file.get_tensor(name))
-            optimizer.state[p].update(step=len(log["loss"]), mean=file.get_tensor(f"mean:{name}"),
-                                      square=file.get_tensor(f"square:{name}"))
+            optimizer.state[p].update(step=len(log["loss"]), mean=file.get_tensor(f"mean:{name}").to(p.device),
+                                      square=file.get_tensor(f"square:{name}").to(p.device))
     return log
 
 
@@ -513,14 +513,15 @@ def record_tuning(settings: TuneSettings, dtype: torch.dtype = torch.bfloat16, f
                   adapter: Path = ADAPTER, record: Path = RECORD) -> None:
     """Examine SmolLM2, tune it on the course's tasks, examine it again; write the adapter and the record.
 
-    A run that was stopped goes on from ``folder``, if the settings are the same.
+    A run that was stopped goes on from ``folder``; without one, from that of the same settings, dtype and tasks.
     """
-    folder = folder or workspace("finetune", f"tasks-{zlib.crc32(repr((settings, dtype)).encode()):08x}")
     tasks, tokenizer = task_set(), BPETokenizer.smollm2()
     model = GPT.from_pretrained("smollm2-135m").to(dtype).eval()
 
     exams = {**tasks.exams, PROMPTED: tasks.exams["held out"][::5]}
     prompts = {PROMPTED: SMOLLM2_SYSTEM}
+    asked = {name: tasks_checksum(part) for name, part in {"train": tasks.train, **exams}.items()}
+    folder = folder or workspace("finetune", f"tasks-{zlib.crc32(repr((settings, dtype, asked)).encode()):08x}")
 
     def sit(when: str) -> dict[str, list[str]]:
         path = folder / f"{when}.json"

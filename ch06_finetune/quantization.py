@@ -167,7 +167,7 @@ def round_to_normal(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks (n, block) to the nearest of NF4's levels: their numbers 0 to 15, uint8; largest sizes, float16 (n, 1)."""
     largest = blocks.abs().amax(1, keepdim=True)
     inverse = torch.where(largest == 0, 0.0, 1 / largest)
-    between = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+    between = ((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2).to(blocks.device)
     return torch.bucketize(blocks * inverse, between, out_int32=True).to(torch.uint8), to_half(largest)
 
 
@@ -212,7 +212,7 @@ class BlockFormat:
             numbers, scale = round_signed(blocks, self.bits)
         elif self.levels == "normal":
             numbers, scale = round_to_normal(blocks)
-            numbers = NF4_LEVELS[numbers.int()]
+            numbers = NF4_LEVELS.to(blocks.device)[numbers.int()]
         else:
             numbers, scale = quantize_rows(blocks, self.bits)
             scale = to_half(scale)[:, None]

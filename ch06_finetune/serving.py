@@ -239,6 +239,8 @@ class Reception:
         temperature = self.temperature if temperature is None else temperature
         top_p = self.top_p if top_p is None else top_p
         check_sampling(self.model.config.vocab_size, temperature, None, top_p)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1, or None.")
         check_messages(messages)
         if messages[-1]["role"] != "user":
             raise ValueError(f"The last message has the role {messages[-1]['role']!r}; it must be 'user', so "

@@ -58,11 +58,11 @@ def tokenizer():
     return BPETokenizer.train(WORDS * 3, 300, [END_OF_TEXT, START, END])
 
 
-def tiny(vocab_size, seed=0, context_length=64, scale=1.0):
+def tiny(vocab_size, seed=0, context_length=64, scale=1.0, **choices):
     """A random model of the Llama shape; with ``scale``, sharper opinions about the next token."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size, context_length, 32, 2, 4, n_kv_heads=2, d_ff=48, norm="rmsnorm", mlp="swiglu",
-                          position="rope", bias=False)).eval()
+                          position="rope", bias=False, **choices)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -450,6 +450,15 @@ def test_prompt_cache_gives_the_logits_of_the_whole_sequence():
         torch.testing.assert_close(cache.logits(sequence), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_prompt_cache_reads_anew_what_a_window_has_dropped():
+    model, sequence = tiny(50, window=8), list(range(40))
+    cache = PromptCache(model)
+    for ids in (sequence, sequence[:5] + [7, 8], sequence, sequence[:20], sequence):
+        with torch.no_grad():
+            torch.testing.assert_close(cache.logits(ids), model(torch.tensor([ids]))[:, -1], atol=1e-5, rtol=1e-4)
+    assert cache.computed == 40 + 7 + 35 + 20 + 20  # it reads on where nothing was lost
+
+
 def test_prompt_cache_computes_only_what_is_new():
     cache = PromptCache(tiny(50))
     cache.logits([1, 2, 3, 4])
@@ -565,6 +574,9 @@ def test_a_message_that_cannot_fit_and_a_missing_question_are_refused(tokenizer)
         assistant.reply([])
     with pytest.raises(ValueError, match="temperature"):
         Assistant(tiny(tokenizer.vocab_size), tokenizer, "", temperature=-1.0)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {n}; it must be at least 1"):
+            Assistant(tiny(tokenizer.vocab_size), tokenizer, "", max_new_tokens=n)
 
 
 def test_counts_of_tokens(tokenizer):

@@ -1,5 +1,6 @@
 """Chapter 6, classification on frozen states: cut models, cached states, heads, recipes, calibration, the record."""
 
+import copy
 import dataclasses
 import json
 import shlex
@@ -262,6 +263,8 @@ def test_examples_are_chosen_as_the_recipe_says(lab):
     assert sum(labels[i] for i in copied) == len(copied) / 2 == 45
     with pytest.raises(ValueError, match="examples is 61; there are 60"):
         chosen_examples(labels, SpamRecipe(examples=61))
+    with pytest.raises(ValueError, match="All 1 labels are 0. There is nothing to tell apart"):
+        chosen_examples(labels, SpamRecipe(layers=(2,), train="blocks", examples=1))
 
 
 def test_cross_validation_never_touches_the_other_parts(lab):
@@ -303,6 +306,16 @@ def test_training_moves_what_it_should_and_never_the_lab(lab, train, blocks, mov
     assert isinstance(classifier.model.token_embedding, StateTable) == (train == "blocks")
     found = cross_validate(lab, recipe, folds=1)
     assert sum(found["scores"].values()) == 12
+
+
+@pytest.mark.parametrize("train", ["blocks", "lora", "all"])
+def test_the_head_lies_where_the_model_is(lab, train, monkeypatch):
+    recipe = SpamRecipe(layers=(3,), train=train, rank=2)
+    lab.read("train", [3])
+    lab.table = lambda part, layer: StateTable(torch.zeros(9, 16, device="meta"))
+    lab.model = copy.deepcopy(lab.model).to("meta")  # stands for an accelerator
+    monkeypatch.setattr(classification, "train_classifier", lambda *args, **options: None)
+    assert {p.device.type for p in tuned_classifier(lab, recipe, range(40)).parameters()} == {"meta"}
 
 
 def test_the_envelope_learns_from_training_only(lab):

@@ -98,6 +98,14 @@ def test_log_probs_are_those_of_the_slow_way(choices, shared, max_rows):
         torch.testing.assert_close(sums.tolist(), expected, atol=2e-4, rtol=1e-5)
 
 
+def test_log_probs_of_a_model_whose_window_drops_the_beginning():
+    model, dice = small(window=8), random.Random(0)
+    prompts, options = [[1, 2, *ids(dice, 60, 60)] for _ in range(3)], [[3], [4, 5]]
+    for prompt, sums in zip(prompts, choice_log_probs(model, prompts, [options] * 3, max_rows=2), strict=True):
+        expected = [slow_log_prob(model, prompt, option) for option in options]
+        torch.testing.assert_close(sums.tolist(), expected, atol=2e-4, rtol=1e-5)
+
+
 def test_equal_prompts_and_options_of_one_token():
     model, prompt = small(), [5, 6, 7]
     found = choice_log_probs(model, [prompt] * 3, [[[1], [2]]] * 3)
@@ -319,6 +327,8 @@ def test_coverage_is_exact():
     assert coverage(everything, 0.3) == pytest.approx(1) and coverage(nothing, 0.3) == 0
     assert coverage([(0.0, 0.4), (0.0, 1.0), (0.6, 1.0)], 0.5) == pytest.approx(0.5)
     assert coverage([wilson_interval(k, 50) for k in range(51)], 0.7) == pytest.approx(0.95, abs=0.03)
+    assert coverage([(0, 0.5)] * 11, 0) == 1 and coverage([(0.6, 1)] * 11, 1) == 1
+    assert coverage([wilson_interval(k, 2000) for k in range(2001)], 0.7) == pytest.approx(0.95, abs=0.005)
     with pytest.raises(ValueError, match="1 intervals"):
         coverage([(0, 1)], 0.5)
     with pytest.raises(ValueError, match="share is 2"):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,9 @@ def test_answers_follow_their_rules():
         else:
             assert int(task.answer) == numbers[0] - numbers[1]
         assert not held_out(task.content[0])
+    asked = Counter(task.question for task in number_tasks(400, False, [0], source, largest=20))
+    assert {question for question, n in asked.items() if n > 1} <= {
+        text for a in range(2, 21) for text in (f"What is {a} + {a}?", f"What is {a + a} - {a}?")}
     for task in rewriting_tasks(words, 30, [0, 1, 2, 3], source):
         three = task.question.split(": ")[1].split()
         assert task.answer in (" ".join(three).upper(), " ".join(sorted(three)), json.dumps(three))
@@ -349,6 +353,15 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(model, tmp_path):
         assert torch.equal(one, two)
 
 
+def test_a_stopped_run_goes_on_where_its_weights_are(model, tmp_path):
+    add_lora(model, 2, 4.0, "w_qkv")
+    tune(model, [pack(conversations(2), 40)], 1e-3, tmp_path / "progress.safetensors")
+    learned = {name: p for name, p in model.to("meta").named_parameters() if p.requires_grad}  # as an accelerator
+    optimizer = module.AdamW(learned.values(), lr=1e-3)
+    module._read_progress(tmp_path / "progress.safetensors", learned, optimizer)
+    assert {state[kind].device.type for state in optimizer.state.values() for kind in ("mean", "square")} == {"meta"}
+
+
 def test_tuning_refuses_bad_settings_and_stops_at_nonsense(model):
     for bad in ({"steps": 0}, {"rows": 0}, {"width": 1}, {"max_lr": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
@@ -439,20 +452,44 @@ def test_the_adapter_on_smollm2_answers_as_recorded(tasks, record):
     assert tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts][:-1]) == exam[0].answer
 
 
-def test_a_whole_small_run_writes_adapter_and_record(tasks, tmp_path, monkeypatch):
+@pytest.fixture
+def base(monkeypatch):
+    """A random model that takes the place of SmolLM2."""
     torch.manual_seed(0)
     base = GPT(dataclasses.replace(PRESETS["storyteller"], vocab_size=49_152, context_length=128, d_model=16,
                                    n_layers=1, n_heads=2, n_kv_heads=2, d_ff=16, head_dim=None))
     monkeypatch.setattr(module.GPT, "from_pretrained", lambda name: copy.deepcopy(base))
-    few = TaskSet(tasks.train[:8], {"held out": tasks.exams["held out"][::60]})
-    monkeypatch.setattr(module, "task_set", lambda: few)
     try:
         BPETokenizer.smollm2()
     except ConnectionError as error:
         pytest.skip(str(error))
+    return base
+
+
+def test_a_whole_small_run_writes_adapter_and_record(base, tasks, tmp_path, monkeypatch):
+    few = TaskSet(tasks.train[:8], {"held out": tasks.exams["held out"][::60]})
+    monkeypatch.setattr(module, "task_set", lambda: few)
     settings = TuneSettings(steps=3, rows=1, width=64, rank=2)
     for _ in range(2):  # the second time everything is there already
         record_tuning(settings, torch.float32, tmp_path / "run", tmp_path / "adapter", tmp_path / "record.json")
     written = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     assert len(written["loss"]) == 3 and len(written["exams"]["held out"]["after"]) == 10
     load_adapter(base, tmp_path / "adapter")
+
+
+def test_a_task_that_was_edited_begins_another_run(base, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "workspace", tmp_path.joinpath)
+    monkeypatch.setattr(module, "answer_tasks", lambda model, tokenizer, exam, **_: [task.question for task in exam])
+    few = TaskSet(tasks.train[:8], {"held out": tasks.exams["held out"][::100]})
+    edited = [dataclasses.replace(task, question=f"Please: {task.question}") for task in few.exams["held out"]]
+    others = TaskSet([dataclasses.replace(few.train[0], question="What is it?"), *few.train[1:]], few.exams)
+    losses = []
+    for given in (few, others, TaskSet(few.train, {"held out": edited})):
+        monkeypatch.setattr(module, "task_set", lambda given=given: given)
+        record_tuning(TuneSettings(steps=2, rows=1, width=64, rank=2), torch.float32, None, tmp_path / "adapter",
+                      tmp_path / "record.json")
+        written = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+        exam = written["exams"]["held out"]
+        assert exam["before"] == exam["after"] == [task.question for task in given.exams["held out"]]
+        losses.append(written["loss"])
+    assert losses[0] == losses[2] != losses[1]

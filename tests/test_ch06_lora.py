@@ -155,6 +155,15 @@ def test_a_base_of_half_precision_and_one_that_is_no_nn_linear():
     assert same(before, model)
 
 
+def test_autocast_takes_lora_along():
+    model = with_lora()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(IDS)
+    torch.testing.assert_close(found.float(), model(IDS), atol=0.05, rtol=0.05)
+    found.float().square().sum().backward()
+    assert all(layer.lora_b.grad.abs().sum() > 0 for layer in lora_layers(model).values())
+
+
 def test_fine_tune_needs_something_to_train():
     with pytest.raises(ValueError, match="0 weights may be trained"):
         fine_tune(small().requires_grad_(False), [0], lambda batch: None, max_lr=1e-3)

@@ -109,6 +109,14 @@ def test_nf4_takes_the_nearest_level():
     assert torch.equal(largest, blocks.abs().amax(1, keepdim=True).half())
 
 
+def test_nf4_lies_where_the_weights_are(monkeypatch):
+    monkeypatch.setattr(quantization, "to_blocks", lambda weight, block: weight.reshape(-1, block))
+    monkeypatch.setattr(quantization, "to_half", lambda scale: scale.half())  # these two look at the numbers
+    weight = torch.empty(4, 64, device="meta")  # stands for an accelerator
+    assert {part.device.type for part in round_to_normal(weight)} == {"meta"}
+    assert BlockFormat(4, 64, "normal").round(weight).device.type == "meta"
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 8), st.sampled_from([8, 16, 32, 64]), st.integers(0, 10_000))
 def test_half_a_step_at_most_and_both_ends_kept(bits, block, seed):

@@ -198,6 +198,9 @@ def test_the_engine_names_mistakes(tokenizer):
         engine.open(SOME[0], max_new_tokens=1000)
     with pytest.raises(ValueError, match="temperature is -1"):
         engine.open(SOME[0], temperature=-1)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {n}; it must be at least 1"):
+            engine.open(SOME[0], max_new_tokens=n)
     with pytest.raises(ValueError, match="max_rows is 0"):
         Engine(engine.model, tokenizer, "", max_rows=0)
     nearly_full = engine.open([user("x" * 100)])
@@ -237,6 +240,12 @@ def test_stop_texts_are_found_however_the_text_is_cut(pieces, stops):
         assert passed[0] == whole[: min(places)]
     else:  # one of the stops was cut off where it was first complete
         assert whole.startswith("".join(passed)) and not any(stop in "".join(passed) for stop in stops)
+
+
+def test_a_stop_text_as_long_as_a_request_holds_nobody_up():
+    finder, began = StopFinder(["a" * 900_000]), time.monotonic()
+    assert [finder.feed("ba") for _ in range(10)] == ["b"] + ["ab"] * 9
+    assert time.monotonic() - began < 1
 
 
 GOOD = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}]}
@@ -592,6 +601,13 @@ def test_openais_client_streams_the_same(client):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_temperature_too_small_to_divide_by_is_none(client):
+    def answer(temperature):
+        return client.chat.completions.create(model="tiny", messages=SOME[2], temperature=temperature, seed=1)
+    likeliest = answer(0).choices[0].message.content
+    assert [answer(t).choices[0].message.content for t in (1e-45, 5e-324, 1e-6)] == [likeliest] * 3
 
 
 def test_openais_client_raises_its_own_errors(client):
