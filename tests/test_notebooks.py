@@ -211,6 +211,10 @@ def test_export_keeps_order_and_lists_public_names(tmp_path):
     (["#| export\ndef f(x: Unknown) -> int: return 1"], ["'Unknown'"]),
     (["#| export\nfrom math import *"], ["import *"]),
     (["#| export\nimport previous_chapters"], ["from previous_chapters import NAME"]),
+    (["#| export\nfrom __future__ import annotations"], ["cell 2", "leave it out"]),
+    (["#| export\nx = 1\nreturn x"], ["cell 2", "line 3", "'return' outside function"]),
+    (["#| export\ndef f(): pass", "#| export\nfrom math import sqrt as f"], ["'f' is defined already in cell 2"]),
+    (["#| export\n_f = 1", "#| export\nfrom math import sqrt as _f"], ["'_f' is defined already in cell 2"]),
 ])
 def test_export_refuses_and_names_the_cell(tmp_path, sources, words):
     with pytest.raises(ExportError) as error:
@@ -320,7 +324,7 @@ def test_runner_executes_and_saves_tidy_outputs(tmp_path, monkeypatch, capfd):
     before = path.read_text()
     run_notebooks([Job(path, "a test", 5)])
     assert path.read_text() == before, "without save the notebook itself stays"
-    executed = nbformat.read(tmp_path / "workspace" / "notebooks" / "test.ipynb", as_version=4)
+    executed = nbformat.read(tmp_path / "workspace" / "notebooks" / "ch09_test" / "test.ipynb", as_version=4)
     assert executed.cells[1].outputs[0].text == "done\n"
     assert executed.cells[2].outputs[0].data["text/plain"] == "2"
     assert executed.cells[3].outputs[0].text == "in\nin\nend\n"
@@ -336,7 +340,8 @@ def test_runner_names_the_cell_that_failed(tmp_path, monkeypatch):
     path = notebook(tmp_path, "a = 1", "raise ValueError('seven is not even')", "a = 2")
     with pytest.raises(NotebookError) as error:
         run_notebooks([Job(path, "a test", 5)], save=True)
-    for words in ("code cell 2 of 3", "ValueError: seven is not even", "course.py lab", "ch09_test/test.ipynb"):
+    for words in ("code cell 2 of 3", "ValueError: seven is not even", "course.py lab", "ch09_test/test.ipynb",
+                  "got: workspace/notebooks/ch09_test/test.ipynb"):  # every chapter has its assignment.ipynb
         assert words in str(error.value)
     assert not code_cells(path)[0].outputs, "a failed run does not replace the notebook"
 

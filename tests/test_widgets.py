@@ -302,6 +302,16 @@ def test_a_long_curve_is_thinned_but_keeps_its_spikes_and_its_ends():
     assert sent["y"][sent["x"].index(77_777)] == 50.0 and sent["y"][sent["x"].index(1_234)] == -9.0
 
 
+@pytest.mark.parametrize("points", [301, 302, 596, 1_000, 1_001])
+def test_the_newest_spike_is_drawn(points):
+    for behind in range(1, 8):
+        values = [2.0] * points
+        values[-behind] = 50.0
+        sent = dashboard._thinned(range(points), values)
+        assert len(sent["x"]) <= MAX_POINTS and sent["x"][-1] == points - 1
+        assert sent["y"][sent["x"].index(points - behind)] == max(sent["y"]) == 50.0
+
+
 def test_what_stays_shows_every_curve_but_the_speed_and_says_so():
     board = Dashboard(400, "A test", references={"guessing": 6.9})
     for step in (100, 200):
@@ -386,6 +396,26 @@ def test_a_drawing_that_fails_ends_no_training_and_is_told(clock, capsys):
     assert len(board.series["training"][0]) == 10
     assert capsys.readouterr().out == (
         "A run: the dashboard could not go on (ZeroDivisionError: division by zero); the run did.\n")
+
+
+def test_a_drawing_that_fails_does_not_end_the_log(tmp_path, monkeypatch, clock, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(Dashboard, "_show_bar", lambda self: 1 / 0)
+    Writer.made.clear()
+    train_with_log(tmp_path, clock, 1, 12)
+    assert Writer.made[0].closed and len(Writer.made[0].points) == 25
+    assert capsys.readouterr().out.count("could not go on (ZeroDivisionError") == 1
+
+
+def test_a_last_picture_that_fails_leaves_words(monkeypatch, capsys):
+    shown = []
+    handle = types.SimpleNamespace(update=lambda data, **_: shown.append(data))
+    monkeypatch.setattr(dashboard, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: handle)
+    with Dashboard(2, "The loss of $x^$") as board:
+        board.log("training", 2, 1.5)
+    assert shown[-1] == {"text/plain": "The loss of $x^$, 2 steps: training loss from 1.5 to 1.5."}
+    assert "ValueError" in capsys.readouterr().out
 
 
 def test_a_full_disk_under_tensorboards_log_ends_no_training(tmp_path, monkeypatch, clock, capsys):

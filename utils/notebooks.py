@@ -42,7 +42,7 @@ class NotebookError(RuntimeError):
 def run_notebooks(jobs: list[Job], save: bool = False, timeout: int = 1800) -> None:
     """Execute notebooks one after the other, with a progress line.
 
-    The executed copies go to ``workspace/notebooks``; with ``save`` they also replace the notebooks
+    The executed copies go to ``workspace/notebooks``, a folder a chapter; with ``save`` they also replace the notebooks
     themselves (for maintainers: that is how outputs are committed). Raises ``NotebookError``.
     """
     with _Clock(jobs) as clock:
@@ -50,8 +50,7 @@ def run_notebooks(jobs: list[Job], save: bool = False, timeout: int = 1800) -> N
             clock.start(number)
             notebook, peak = execute(job.notebook, clock.cell, timeout)
             clock.finish(peak)
-            targets = [workspace("notebooks") / job.notebook.name] + [job.notebook] * save
-            for target in targets:
+            for target in [_copy_of(job.notebook)] + [job.notebook] * save:
                 write_notebook(notebook, target)
 
 
@@ -80,12 +79,16 @@ def execute(path: Path, on_cell=lambda done, total: None, timeout: int = 1800):
             with memory:
                 client.execute(stdout=said, stderr=said)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            copy = workspace("notebooks") / path.name
+            copy = _copy_of(path)
             write_notebook(notebook, copy)
             said.seek(0)
             last_words = said.read().decode("utf-8", "replace").strip()
             raise NotebookError(_describe(notebook, path, copy, error, done, last_words)) from None
     return notebook, memory.peak
+
+
+def _copy_of(path: Path) -> Path:
+    return workspace("notebooks", path.parent.name) / path.name
 
 
 def write_notebook(notebook, path: Path) -> None:

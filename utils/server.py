@@ -154,7 +154,10 @@ def _number(given: Mapping, name: str, low: float, high: float, whole: bool = Fa
 
 def _dials(given: Mapping) -> dict:
     limits = [_number(given, name, 1, 10**9, whole=True) for name in ("max_completion_tokens", "max_tokens")]
-    return {"temperature": _number(given, "temperature", 0, 2), "top_p": _number(given, "top_p", 1e-9, 1),
+    temperature = _number(given, "temperature", 0, 2)
+    if temperature is not None and temperature < 1e-6:  # a float32 divided by less may be infinite
+        temperature = 0
+    return {"temperature": temperature, "top_p": _number(given, "top_p", 1e-9, 1),
             "seed": _number(given, "seed", -2**63, 2**63 - 1, whole=True),
             "max_new_tokens": next((n for n in limits if n is not None), None)}
 
@@ -182,7 +185,7 @@ class StopFinder:
         if places:
             self.found, self.held = True, ""
             return text[: min(places)]
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        begun = [n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         keep = 0 if last else max(begun, default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

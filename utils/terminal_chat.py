@@ -92,6 +92,8 @@ class Conversation:
             print("\n(Stopped.)")
         except ValueError as error:
             print(f"({error})")
+        except RuntimeError as error:  # no memory, say: what was said before is not lost with it
+            print("\n" * bool(answer) + f"({type(error).__name__}: {error})")
         if answer:
             self.messages.append({"role": "assistant", "content": answer})
             self.kept = False
@@ -181,7 +183,7 @@ def _temperature(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise ValueError(f"The temperature {text} is no number of at least 0. It stays as it is.")
-    return value
+    return 0.0 if value < 1e-6 else value  # a float32 divided by less may be infinite
 
 
 def read_conversation(path: Path) -> list[dict]:

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def workspace(*parts: str) -> Path:
     """The folder ``workspace/part/part/...``, made if it is missing.
 
-    ``COURSE_WORKSPACE`` moves the whole of it to another place, another disk for instance.
+    ``COURSE_WORKSPACE`` moves the whole of it to another place, another disk for instance. A relative path counts
+    from the course's folder, whatever the current one is.
     """
-    base = os.environ.get("COURSE_WORKSPACE")
-    folder = (Path(base).expanduser().resolve() if base else ROOT / "workspace").joinpath(*parts)
+    base = Path(os.environ.get("COURSE_WORKSPACE") or "workspace").expanduser()
+    folder = (ROOT / base).resolve().joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
