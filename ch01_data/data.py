@@ -22,6 +22,8 @@ __all__ = [
     "load_shakespeare",
     "load_folio",
     "TAGS",
+    "IN_HEAD",
+    "ENDED",
     "OpenElements",
     "TextExtractor",
     "NAMES",
@@ -31,6 +33,7 @@ __all__ = [
     "read_jsonl",
     "read_html",
     "READERS",
+    "reader_of",
     "read_path",
     "SOURCES",
     "check_ids",
@@ -242,7 +245,7 @@ def load_folio() -> list[Document]:
 
 
 TAGS: dict[str, frozenset[str]] = {role: frozenset(names.split()) for role, names in {
-    "dropped": "head script style noscript template svg math iframe object video audio canvas form button "
+    "dropped": "head title script style noscript template svg math iframe object video audio canvas button "
                "select textarea nav aside",
     "of the page": "header footer",  # dropped, too, unless they are part of the content:
     "content": "article main section",
@@ -252,6 +255,10 @@ TAGS: dict[str, frozenset[str]] = {role: frozenset(names.split()) for role, name
     "void": "area base br col embed hr img input link meta source track wbr",  # has no end tag
     "inline": "html a abbr b code em font i small span strong sub sup u",
 }.items()}
+IN_HEAD = {"base", "link", "meta", "title", "noscript", "style", "script", "template"}  # all else ends the head
+ENDED = dict.fromkeys((TAGS["paragraph"] | TAGS["line"]) - {"br"}, {"p"}) | {"li": {"li", "p"}} | {
+    "dt": {"dt", "dd", "p"}, "dd": {"dt", "dd", "p"}, "td": {"td", "th", "p"}, "th": {"td", "th", "p"},
+    "tr": {"tr", "td", "th", "p"}}  # for each tag, what ends where it begins and needs no end tag
 
 
 class OpenElements(HTMLParser):
@@ -264,6 +271,7 @@ class OpenElements(HTMLParser):
         self.dropping = 0  # how many dropped elements are open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.end_before(tag)
         self.boundary(tag)
         if tag in TAGS["void"]:
             return
@@ -274,14 +282,21 @@ class OpenElements(HTMLParser):
         self.dropping += drop
 
     def handle_endtag(self, tag: str) -> None:
-        if not self.inside[tag]:
-            return  # an end without a beginning
+        if not self.inside[tag]:  # an end without a beginning
+            if tag == "p":  # to HTML, an empty paragraph
+                self.boundary(tag)
+            return
         name = None
         while name != tag:  # first whatever was left open inside it
             name, dropped = self.open.pop()
             self.inside[name] -= 1
             self.dropping -= dropped
         self.boundary(tag)
+
+    def end_before(self, tag: str) -> None:
+        """End what a start tag ends without saying so, or a text, for which the tag is ""."""
+        while self.open and ((top := self.open[-1][0]) in ENDED.get(tag, ()) or (top == "head" and tag not in IN_HEAD)):
+            self.handle_endtag(top)
 
     def boundary(self, tag: str) -> None:
         """Called before an element begins and after it has ended."""
@@ -295,6 +310,8 @@ class TextExtractor(OpenElements):
         self.lines = [""]  # the last one is still being written
 
     def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.end_before("")
         if self.dropping:
             return
         if self.inside["pre"]:
@@ -333,6 +350,9 @@ def strip_markup(text: str) -> str:
         raise TypeError(f"strip_markup needs a str, not {type(text).__name__}: decode bytes first.")
     if not A_TAG.search(text):
         return text
+    # What begins behind the last end of a comment or tag has none: the parser would look for it again and again.
+    comments, tags = max(text.rfind("-->"), 0), text.rfind(">") + 1
+    text = text[:comments] + text[comments:tags].replace("<!--", "<! ") + text[tags:].replace("<", "&lt;")
     extractor = TextExtractor()
     extractor.feed(text.replace("<![", "<! ["))  # the parser chokes on some of these old conditional marks
     extractor.close()
@@ -375,24 +395,29 @@ READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 }
 
 
+def reader_of(path: Path) -> Callable[[Path, str], Iterator[Document]] | None:
+    """The reader for a file's ending, be it in small letters or capitals; None if there is none."""
+    return READERS.get(path.suffix.lower())
+
+
 def read_path(path: Path) -> list[Document]:
     """The documents of a file that ``READERS`` knows, or of all such files in a folder and below it."""
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder {path}, seen from {Path.cwd()}. Check its name.")
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file()
+        files = sorted(p for p in path.rglob("*") if reader_of(p) and p.is_file()
                        and not any(part.startswith(".") for part in p.relative_to(path).parts))  # not hidden
     if not files:
         raise ValueError(f"The folder {path} holds no {' or '.join(READERS)} file. Put texts in it.")
-    if files[0].suffix not in READERS:
+    if not reader_of(files[0]):
         raise ValueError(f"Cannot read {path}: it must be {' or '.join(READERS)}, or a folder of such files. "
                          "Save other formats as plain text (UTF-8) first.")
     base = path if path.is_dir() else path.parent
     documents = []
     for file in files:
         name = file.relative_to(base).with_suffix("").as_posix()
-        documents += READERS[file.suffix](file, name)
+        documents += reader_of(file)(file, name)
     if not documents:
         raise ValueError(f"There is no text in {path}: all of it is empty. Put some text there.")
     return documents

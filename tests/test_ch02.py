@@ -8,6 +8,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -992,6 +993,29 @@ def test_a_build_that_was_interrupted_is_not_mistaken_for_whole(texts, monkeypat
             prepare_tokens(texts, 300)
     assert prepare_tokens(texts, 300).train[-1] == 299
     assert "manifest.json is missing" in capsys.readouterr().out
+
+
+def test_shards_that_a_notebook_holds_open_say_so(texts, monkeypatch):
+    """Windows neither removes nor replaces a file that is memory-mapped."""
+    def unless_held(function, *paths):
+        if "train.bin" in [Path(path).name for path in paths]:
+            error = PermissionError(13, "The process cannot access the file")
+            error.winerror = 32
+            raise error
+        return function(*paths)
+
+    folder = prepare_tokens(texts, 300).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (texts / "3.txt").write_text("another text altogether")
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, partial(unless_held, getattr(os, name)))
+        with pytest.raises(PermissionError, match=r"train\.bin.*notebook.*kernel") as error:
+            prepare_tokens(texts, 300)
+    assert "Free some space" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    data = prepare_tokens(texts, 300)  # once it is let go, all is built
+    assert "another text altogether" in data.tokenizer.decode([*data.train, *data.val])
 
 
 def test_large_vocabularies_take_four_bytes(texts, tmp_path, monkeypatch):

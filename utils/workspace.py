@@ -70,6 +70,9 @@ def write_text(path: Path, text: str) -> None:
 def explain_disk_error(error: Exception, path: Path) -> Exception:
     """``error`` itself, or, where a full or write-protected disk caused it, one that says the way out."""
     number = getattr(error, "errno", None)
+    if getattr(error, "winerror", None) in (5, 32, 1224) and Path(path).is_file():  # denied, shared, mapped
+        return OSError(number, f"Could not replace {path}: a notebook or another program has it open. Restart that "
+                               "kernel, or close the program, and run the same command again.")
     if number == errno.ENOSPC or "No space left on device" in str(error):
         problem = "the disk is full"
     elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
