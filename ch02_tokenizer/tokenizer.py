@@ -36,8 +36,6 @@ __all__ = [
     "find_cuts",
     "WALLS_BEHIND",
     "as_numbers",
-    "GOLDEN",
-    "count_numbers",
     "BATCH",
     "count_batch",
     "count_chunks",
@@ -334,21 +332,6 @@ def as_numbers(raw: bytes, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return from_each_place[starts] | WALLS_BEHIND[sizes]
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: Knuth, The Art of Computer Programming, 6.4
-
-
-def count_numbers(numbers: np.ndarray, bits: int = 18) -> tuple[np.ndarray, np.ndarray]:
-    """The different numbers of a ``uint64`` array, in no order, and how often each occurs."""
-    slots = (numbers * GOLDEN >> np.uint64(64 - bits)).astype(np.int64)
-    table = np.zeros(2**bits, np.uint64)
-    table[slots] = numbers                 # where several want one slot, one of them stays
-    at_home = table[slots] == numbers      # equal numbers share a slot: all of them are at home, or none is
-    n = np.bincount(slots[at_home], minlength=1)
-    used = np.flatnonzero(n)
-    rest, n_rest = np.unique(numbers[~at_home], return_counts=True)
-    return np.append(table[used], rest), np.append(n[used], n_rest)
-
-
 BATCH = 2**20  # characters of so many texts are counted together
 
 
@@ -358,7 +341,7 @@ def count_batch(texts: list[bytes], pattern: str) -> Counter[bytes]:
     starts = np.append(0, find_cuts(raw, pattern))
     sizes = np.diff(starts, append=len(raw))
     short = sizes <= 8
-    numbers, n = count_numbers(as_numbers(raw, starts[short], sizes[short]))
+    numbers, n = np.unique(as_numbers(raw, starts[short], sizes[short]), return_counts=True)
     eights = numbers.astype("<u8").view("V8").tolist()  # the 8 bytes of each again
     chunks = [eight.rstrip(WALL_BYTE) for eight in eights]
     counts = Counter(dict(zip(chunks, n.tolist(), strict=True)))

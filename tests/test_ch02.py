@@ -164,14 +164,6 @@ def test_chunks_of_all_lengths_are_counted():
         {word.encode(): n for word, n in Counter(split_words(" ".join(words * 3))).items()})
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 6))
-@settings(deadline=None)
-def test_numbers_are_counted_also_where_they_share_slots(numbers, bits):
-    different, n = chapter.count_numbers(np.array(numbers * 2, np.uint64), bits)
-    assert len(different) == len(set(numbers))
-    assert dict(zip(different.tolist(), n.tolist(), strict=True)) == Counter(numbers * 2)
-
-
 def test_many_short_texts_are_counted_as_fast_as_one():
     """Arrays have a price for each; with one array a text, this would take minutes."""
     start = time.process_time()
