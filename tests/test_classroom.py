@@ -437,6 +437,21 @@ def test_a_hostile_notebook_gets_the_points_it_earned_and_a_remark(graded, name)
 
 
 @needs_sandbox
+def test_a_cell_that_gets_no_more_memory_before_the_watcher_looks_is_named(tmp_path, source, released, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    hoard = "    kept = []\n    while True:\n        kept.append(bytearray(b'x') * 50_000_000)"
+    attacks = {name: hostile.ATTACKS[name] for name in ("allocates", "prints")}
+    attacks["in-a-check"] = hostile.Attack({"double": f"def double(values):\n{hoard}"}, 60)
+    hand_in(folder, released, attacks)
+    monkeypatch.setattr(SandboxedKernel, "_watch", lambda self: None)
+    classroom.grade(folder, [source], tmp_path / "out", jobs=2, **LIMITS)
+    for name, row in rows(tmp_path / "out").items():
+        assert float(row["automatic"]) == attacks[name].points, name
+        assert "more memory than a notebook may hold (1 GB)" in row["remarks"] or "time limit" in row["remarks"], name
+
+
+@needs_sandbox
 def test_what_is_no_notebook_gets_nothing_and_names_do_no_harm(graded):
     _, out, _, files, _ = graded
     table = rows(out)

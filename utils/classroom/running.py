@@ -115,7 +115,7 @@ class GradedRun:
             names = sorted(defined_names(step.source)) if step.kind == "given" else []
             reply = kernel.run(step.source, seconds, {"given": given_call(self.guard, names)} if names else None)
             message = self._trouble(kernel, reply, seconds)
-            if message and reply.status in ("timeout", "dead"):
+            if message and (reply.status in ("timeout", "dead") or out_of_memory(reply)):
                 self._remark(f"{step.grade_id or 'a cell of the student'}: {message}")
         alive = kernel.alive() and not kernel.killed
         if step.kind == "test":
@@ -129,7 +129,7 @@ class GradedRun:
         token = secrets.token_hex(16)
         reply = kernel.run(check_code(step.source, self.guard, token), seconds)
         trouble = self._trouble(kernel, reply, seconds)
-        if reply.status in ("timeout", "dead"):
+        if reply.status in ("timeout", "dead") or out_of_memory(reply):
             self._remark(f"{step.grade_id}: {trouble}")
             return trouble
         after = self._report(kernel, "after", names)
@@ -170,6 +170,8 @@ class GradedRun:
             return "It ended the kernel. Often: a call of exit, or more memory than there is."
         if reply.status == "ok":
             return ""
+        if out_of_memory(reply):
+            return f"It asked for more memory than a notebook may hold ({self.limits.memory_gb:g} GB)."
         text = reply.message if reply.name == "AssertionError" else f"{reply.name}: {reply.message}"
         text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text).strip()
         if self._quotes(text):
@@ -195,6 +197,11 @@ class GradedRun:
     def _remark(self, text: str) -> None:
         if text not in self.result.remarks:
             self.result.remarks.append(text)
+
+
+def out_of_memory(reply: Reply) -> bool:
+    """Whether a cell failed because the system gave it no more memory, before the watcher saw how much it held."""
+    return reply.status == "error" and (reply.name == "MemoryError" or "can't allocate memory" in reply.message)
 
 
 def matters(changed: str, source: str) -> bool:
