@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -79,17 +80,25 @@ class Farm:
     """Processes that have imported PyTorch and wait for functions, so that each test need not start its own."""
 
     def __init__(self, size: int, folder: Path):
-        context, self.folder, self.calls = mp.get_context("spawn"), folder, 0
-        ends = [context.Pipe() for _ in range(size)]
-        self.pipes = [here for here, _ in ends]
-        self.processes = [context.Process(target=serve, args=(rank, there), daemon=True)
-                          for rank, (_, there) in enumerate(ends)]
-        for process in self.processes:
-            process.start()
+        self.folder, self.calls = folder, 0
+        self.pipes, self.processes = [None] * size, [None] * size
+        for rank in range(size):
+            self.hire(rank)
+
+    def hire(self, rank: int) -> None:
+        context = mp.get_context("spawn")
+        self.pipes[rank], there = context.Pipe()
+        self.processes[rank] = context.Process(target=serve, args=(rank, there), daemon=True)
+        self.processes[rank].start()
+        there.close()  # so that a process that ends is noticed
 
     def start(self, world: int, function, *arguments) -> None:
-        """Let the first ``world`` processes begin."""
+        """Let the first ``world`` processes begin. One that ended after its last answer is replaced."""
         self.calls += 1
+        for rank, process in enumerate(self.processes[:world]):
+            if not process.is_alive():
+                warnings.warn(f"process {rank} ended between two calls: exit code {process.exitcode}", stacklevel=2)
+                self.hire(rank)
         for pipe in self.pipes[:world]:
             pipe.send((function, arguments, world, self.folder / f"meeting-{self.calls}"))
 
@@ -110,6 +119,21 @@ class Farm:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def test_the_farm_replaces_a_process_that_ended_between_two_calls(tmp_path):
+    made = Farm(2, tmp_path)
+    try:
+        assert made.run(2, os.getpid) == [process.pid for process in made.processes]
+        made.processes[1].kill()
+        made.processes[1].join()
+        with pytest.warns(UserWarning, match="process 1 ended between two calls: exit code -9"):
+            assert made.run(2, os.getpid) == [process.pid for process in made.processes]
+        made.start(2, os._exit, 3)
+        with pytest.raises(EOFError):  # but in the middle of its work is another matter
+            made.answer(0)
+    finally:
+        made.close()
 
 
 @pytest.fixture(scope="module")
