@@ -33,6 +33,7 @@ __all__ = [
     "LESSONS",
     "COMMAND",
     "prepare_notes",
+    "pupil_bits",
     "first_marks",
     "new_pupil",
     "give_lesson",
@@ -407,14 +408,19 @@ def prepare_notes(school: School, n_tokens: int, k: int, name: str, window: int 
     return notes
 
 
+def pupil_bits() -> float:
+    """Bits per byte of the storyteller, as it is and with its own tokens, on the held-out tales."""
+    storyteller, words = load_storyteller()
+    held_out = lesson_tales()[1]
+    n_bytes = sum(len(tale.text.encode()) for tale in held_out)
+    return evaluate(storyteller, encode_documents(words, held_out), n_bytes).bits_per_byte
+
+
 def first_marks(school: School) -> dict[str, float]:
     """Bits per byte on the held-out tales before any lesson: both models, with their own and the cut tokens."""
-    storyteller, words = load_storyteller()
-    whole = BPETokenizer.smollm2()
-    held_out = lesson_tales()[1]
-    own, theirs = encode_documents(words, held_out), encode_documents(whole, held_out)
+    theirs = encode_documents(BPETokenizer.smollm2(), lesson_tales()[1])
     windows = cut_windows(school.held_out, len(school.held_out) - 1, 256)
-    return {"storyteller, its own tokens": evaluate(storyteller, own, school.held_out_bytes).bits_per_byte,
+    return {"storyteller, its own tokens": pupil_bits(),
             "storyteller, cut tokens, untrained": evaluate(school.student, school.held_out,
                                                            school.held_out_bytes).bits_per_byte,
             "SmolLM2, its own tokens": evaluate(school.teacher, theirs, school.held_out_bytes, context_length=256,
@@ -447,11 +453,15 @@ def record_lessons(path: Path = RECORD_OF_LESSONS, precision: str = "float32", a
     """Teach by every method, with little and more text, from several seeds; each finished lesson is written at once.
 
     Lessons that are in the record are not given again, so it can be interrupted; ``at_most`` ends it after so many.
-    ``ValueError`` if the record was made with other settings.
+    ``ValueError`` if the record was made with other settings, or from another storyteller.
     """
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"lessons": []}
     if record.get("settings", LESSONS) != LESSONS:
         raise ValueError(f"{short_path(path)} was made with other settings than LESSONS. Delete it and begin anew.")
+    was = record.get("before", {}).get("storyteller, its own tokens")
+    if was and abs(was - (now := pupil_bits())) > 1e-3:
+        raise ValueError(f"{short_path(path)} was made from another storyteller: {was:.4f} bits per byte, this one "
+                         f"{now:.4f}. Delete it and begin anew.")
     teacher = GPT.from_pretrained("smollm2-135m").to(getattr(torch, precision))
     school = open_school(teacher, BPETokenizer.smollm2(), LESSONS["vocabulary"])
     most = max(tokens for _, tokens in LESSONS["classes"])

@@ -35,7 +35,7 @@ from ch06_finetune.previous_chapters import (
     GPT, AdamW, cross_entropy, evaluate, get_batch, load_documents, load_storyteller, split_documents,
 )
 from utils.bench import Row, measure
-from utils.workspace import ROOT, write_text
+from utils.workspace import ROOT, short_path, write_text
 
 LORA_RECORD = ROOT / "ch06_finetune" / "records" / "lora.json"
 
@@ -167,7 +167,10 @@ def record_lora(path: Path = LORA_RECORD, kinds: Collection[str] = MEASURED) -> 
         done["memory"][kind] = {"peak_bytes": found.memory, "seconds": found.wall[0]}
         write_text(path, json.dumps(done, indent=1) + "\n")
     start, tokens = storyteller_and_plays()
-    done["start"] = losses_on(start, tokens)
+    now = losses_on(start, tokens)
+    if abs((was := done.setdefault("start", now))["tales"] - now["tales"]) > 1e-3:
+        raise ValueError(f"{short_path(path)} was made from another storyteller: {was['tales']:.4f} nats on the tales, "
+                         f'this one {now["tales"]:.4f}. Empty its "runs" and remove its "start".')
     settings = [field.name for field in dataclasses.fields(LoRARun)]
     while todo := [run for run in lora_sweep(done["runs"]) if json.loads(json.dumps(dataclasses.asdict(run)))
                    not in [{name: row[name] for name in settings} for row in done["runs"]]]:

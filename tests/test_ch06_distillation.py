@@ -30,6 +30,8 @@ from ch06_finetune.distillation import (
     mean_entropy,
     new_pupil,
     notes_fingerprint,
+    pupil_bits,
+    record_lessons,
     save_notes,
     take_notes,
     teach,
@@ -417,6 +419,17 @@ def test_the_record_is_whole():
     for row in record["lessons"]:
         assert 0.8 < row["bits_per_byte"] < 6 and 0 < row["distinct"] <= 1 and row["entropy"] > 0
     assert record["before"]["SmolLM2, its own tokens"] < record["before"]["SmolLM2, cut tokens"]
+    assert record["before"]["storyteller, its own tokens"] == pytest.approx(pupil_bits(), abs=1e-3)
+
+
+def test_a_record_of_another_storyteller_is_not_gone_on_with(tmp_path):
+    record = json.loads(RECORD_OF_LESSONS.read_text(encoding="utf-8"))
+    record["before"]["storyteller, its own tokens"] -= 0.01
+    path = tmp_path / "lessons.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lessons.json was made from another storyteller: 1.\d+ bits per byte, this"):
+        record_lessons(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == record
 
 
 def test_another_pupil_is_refused():

@@ -389,6 +389,18 @@ def test_the_record_is_whole():
     assert all(json.loads(json.dumps(dataclasses.asdict(run))) in there for run in lora.lora_sweep(record["runs"]))
     assert record["memory"]["LoRA"]["peak_bytes"] < record["memory"]["full"]["peak_bytes"]
     assert record["command"] == "python -m ch06_finetune.lora"
+    start, tokens = lora.storyteller_and_plays()
+    assert lora.losses_on(start, tokens) == pytest.approx(record["start"], abs=1e-3), "made from another storyteller"
+
+
+def test_a_record_of_another_storyteller_is_not_gone_on_with(tmp_path):
+    record = json.loads(lora.LORA_RECORD.read_text(encoding="utf-8"))
+    record["start"]["tales"] -= 0.01
+    path = tmp_path / "lora.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lora.json was made from another storyteller: \d.\d+ nats on the tales"):
+        lora.record_lora(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == record
 
 
 # ---------------------------------------------------------------- the chat
