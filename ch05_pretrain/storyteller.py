@@ -168,9 +168,11 @@ EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict]] = {  # name: (the questions
        for name, dropout, seed in (
         ("nothing dropped", 0.0, 0), ("nothing dropped", 0.0, 1), ("0.1 dropped", 0.1, 0), ("0.1 dropped", 0.1, 1),
         ("0.2 dropped", 0.2, 0))},
+    **{f"{dropout} dropped, tales read 38 times": (("readings",), TWENTIETH | {"dropout": dropout, "steps": 2280})
+       for dropout in (0.1, 0.15, 0.2)},
     "small, with novels, rates halved": (("rate",), SMALL | {"max_lr": 2.5e-3, "matrix_lr": 0.01}),
     "small, with novels, rates doubled": (("rate",), SMALL | {"max_lr": 1e-2, "matrix_lr": 0.04}),
-}  # steps: as many as fitted into a minute of one core with that model
+}  # steps of the large trials: as many as fitted into a minute of one core
 RECORD = ROOT / "ch05_pretrain" / "storyteller"
 TRIALS = ROOT / "ch05_pretrain" / "records" / "storyteller_experiments.json"
 

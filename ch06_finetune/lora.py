@@ -113,12 +113,12 @@ LORA_PLACES = {"attention only": ("out_proj", "w_qkv"), "MLP only": ("w_down", "
 
 def lora_sweep(rows: Sequence[dict] = ()) -> list[LoRARun]:
     """The runs of the record. The ranks are tried with the learning rate that is best at rank 8 in ``rows``."""
-    rates = [LoRARun(None, lr) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    rates = [LoRARun(None, lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
     rates += [LoRARun(rank, lr) for rank in (8, 64) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
     tried = {row["lr"]: row["play"] for row in rows if (row["rank"], row["alpha"], row["targets"], row["seed"])
              == (8, 16.0, None, 0)}
     full = {row["lr"]: row["play"] for row in rows if row["rank"] is None and row["seed"] == 0}
-    if len(tried) < 4 or len(full) < 4:
+    if len(tried) < 4 or len(full) < 5:
         return rates
     lr, full_lr = min(tried, key=tried.get), min(full, key=full.get)
     others = [LoRARun(rank, lr) for rank in (1, 2, 4, 16, 32, 64)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import tomllib
 
 import numpy as np
@@ -124,6 +125,24 @@ def test_the_command_makes_the_recorded_run(record):
     _, data = script.settings_of(record["settings"])
     corpus = script.prepare_corpus(data, record["settings"]["model"]["vocab_size"])
     assert corpus.tokenizer.fingerprint() == BPETokenizer.load(RECORD / "tokenizer.json").fingerprint()
+
+
+def test_other_runs_are_those_of_their_commands(record):
+    """What the command asks for today, with the record's settings for the rest, is what was run."""
+    from ch05_pretrain import train as script
+    rows = json.loads((ROOT / "ch05_pretrain" / "records" / "storyteller_runs.json").read_text())
+    held_out = record["results"]["held_out"]
+    assert len(rows) == 3 and len({row["name"] for row in rows}) == 3
+    for row in rows:
+        tables = script.read_settings(script.training_parser().parse_args(shlex.split(row["command"])[3:]))
+        config = script.settings_of(tables)[0]
+        model = GPT(script.model_config(tables["model"], record["config"]["vocab_size"], config.context_length))
+        assert count_parameters(model) == row["parameters"], row["name"]
+        assert (config.steps, config.seed) == (row["steps"], row["seed"])
+        assert config.steps * config.batch_size * config.context_length == row["tokens"]
+        assert row["eval_steps"] == list(range(config.eval_every, config.steps, config.eval_every)) + [config.steps]
+        bits = row["val_loss"][-1] * held_out["tokens"] / held_out["bytes"] / np.log(2)
+        assert bits == pytest.approx(row["bits_per_byte"], abs=0.01)
 
 
 # ---------------------------------------------------------------- the texts
