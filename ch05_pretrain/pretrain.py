@@ -17,6 +17,8 @@ __all__ = [
     "orthogonalize",
     "sharded_like",
     "Muon",
+    "tallness",
+    "step_apart",
     "parameter_groups",
     "cosine_schedule",
     "wsd_schedule",
@@ -321,7 +323,8 @@ class Muon(AdamW):
     """Orthogonalised running mean of the gradient for the groups marked ``orthogonal``, AdamW for the others.
 
     Jordan et al. 2024. ``lr`` of an orthogonal group is the size of the step along every direction; tall
-    matrices get more of it. Its ``newton_schulz`` is the number of iterations, 5 if not given.
+    matrices get more of it. Its ``newton_schulz`` is the number of iterations, 5 if not given. With ``rows``, its
+    parameters are several matrices each, one below the other: so many rows of the first, so many of the second...
     """
 
     def update(self, p: Tensor, group: dict) -> None:
@@ -334,23 +337,52 @@ class Muon(AdamW):
             state["mean"] = torch.zeros_like(p)
         state["mean"].lerp_(p.grad, 0.05)
         ahead = p.grad.lerp(state["mean"], 0.95)  # looks one step ahead (Nesterov)
-        direction = orthogonalize(ahead, group.get("newton_schulz", 5))
+        rows, rounds = group.get("rows"), group.get("newton_schulz", 5)
+        direction = step_apart(ahead, rows, rounds) if rows else orthogonalize(ahead, rounds)
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(direction, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+        p.add_(direction, alpha=-group["lr"] * (1.0 if rows else tallness(p)))
 
 
-def parameter_groups(model: GPT, weight_decay: float, matrix_lr_scale: float = 1.0) -> list[dict]:
+def tallness(matrix: Tensor) -> float:
+    """By how much Muon lengthens the step of a matrix (m, n) with more rows than columns: sqrt(max(1, m / n))."""
+    return max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
+
+
+def step_apart(matrix: Tensor, rows: list[int], steps: int = 5) -> Tensor:
+    """Each of several matrices that lie below one another orthogonalised by itself, at its own length: (m, n) -> same.
+
+    ``rows``: how many rows each has. Where m is a multiple of their sum, all of them follow once more, as in a
+    parameter cut for tensor parallel; equal turns make one matrix.
+    """
+    if hasattr(matrix, "full_tensor"):
+        return sharded_like(step_apart(matrix.full_tensor(), rows, steps), matrix)
+    parts = matrix.unflatten(0, (-1, sum(rows))).split(rows, dim=1)
+    whole = [part.flatten(0, 1) for part in parts]
+    done = [tallness(x) * orthogonalize(x, steps).reshape(part.shape) for x, part in zip(whole, parts, strict=True)]
+    return torch.cat(done, dim=1).flatten(0, 1)
+
+
+def parameter_groups(model: GPT, weight_decay: float, matrix_lr_scale: float = 1.0,
+                     split_qkv: bool = False) -> list[dict]:
     """Three groups for ``Muon``: matrices of the blocks, embeddings, and vectors, which do not decay.
 
-    ``lr_scale`` of a group multiplies the scheduled learning rate.
+    ``lr_scale`` of a group multiplies the scheduled learning rate. ``split_qkv`` takes the matrices that hold
+    queries, keys and values below one another into a fourth group, with their ``rows``.
     """
     inside = {id(p) for p in model.blocks.parameters()}
     matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) in inside]
     tables = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in inside]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay, "orthogonal": True, "lr_scale": matrix_lr_scale},
-            {"params": tables, "weight_decay": weight_decay, "orthogonal": False, "lr_scale": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "orthogonal": False, "lr_scale": 1.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay, "orthogonal": True, "lr_scale": matrix_lr_scale},
+              {"params": tables, "weight_decay": weight_decay, "orthogonal": False, "lr_scale": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "orthogonal": False, "lr_scale": 1.0}]
+    if split_qkv:
+        layers = [module for module in model.blocks.modules() if hasattr(module, "w_qkv")]
+        fused = {id(layer.w_qkv.weight): layer.w_qkv.weight for layer in layers}
+        rows = [n * layers[0].head_dim for n in (layers[0].n_heads, layers[0].n_kv_heads, layers[0].n_kv_heads)]
+        groups[0]["params"] = [p for p in matrices if id(p) not in fused]
+        groups.append(groups[0] | {"params": list(fused.values()), "rows": rows})
+    return groups
 
 
 def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
@@ -415,6 +447,7 @@ class TrainConfig:
     save_every: int = 100
     seed: int = 0
     optimizer: str = "muon"  # or "adamw"
+    split_qkv: bool = False  # Muon takes queries, keys and values as three matrices
     schedule: str = "cosine"  # or "wsd"
     decay_steps: int = 0  # of "wsd"; 0 means a fifth of the steps
     accumulate: int = 1  # micro-batches that share a step
@@ -871,7 +904,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """The optimizer that the configuration asks for, with the groups of ``parameter_groups``."""
     if config.optimizer == "adamw":
         return AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr)
-    groups = parameter_groups(model, config.weight_decay, config.matrix_lr / config.max_lr)
+    groups = parameter_groups(model, config.weight_decay, config.matrix_lr / config.max_lr, config.split_qkv)
     return Muon(groups, lr=config.max_lr)
 
 

@@ -17,6 +17,8 @@ __all__ = [
     "TENTH",
     "SMALL",
     "TWENTIETH",
+    "DROPPED",
+    "FIFTH",
     "PLAIN",
     "EXPERIMENTS",
     "RECORD",
@@ -51,7 +53,7 @@ from utils.workspace import ROOT, write_text
 
 TRIAL = {"mix": {"andersen": 2, "novels": 1}, "share": 1.0, "vocab_size": 4096, "tokenizer_texts": ["andersen"],
          "d_model": 128, "n_layers": 4, "context_length": 256, "batch_size": 4, "steps": 236, "max_lr": 5e-3,
-         "matrix_lr": 0.02, "dropout": 0.0, "seed": 0}
+         "matrix_lr": 0.02, "dropout": 0.0, "weight_decay": 0.1, "split_qkv": False, "seed": 0}
 
 
 def trial_model(plan: Mapping) -> GPT:
@@ -123,7 +125,8 @@ def trial(texts: Mapping[str, list[Document]], evaluations: int = 4, **changes) 
     plan = TRIAL | changes
     practice, judges, n_bytes = trial_data(plan, texts)
     model = trial_model(plan)
-    optimizer = Muon(parameter_groups(model, 0.1, plan["matrix_lr"] / plan["max_lr"]))
+    rate = plan["matrix_lr"] / plan["max_lr"]
+    optimizer = Muon(parameter_groups(model, plan["weight_decay"], rate, plan["split_qkv"]))
     generator, every, curve = torch.Generator().manual_seed(plan["seed"]), -(-plan["steps"] // evaluations), []
     warmup, began = min(50, plan["steps"] // 4), time.process_time()
     torch.manual_seed(plan["seed"])  # for dropout
@@ -147,6 +150,8 @@ TENTH = {"share": 0.1, "vocab_size": 2048, "steps": 540}  # of all texts; tales 
 SMALL = {"share": 0.01, "vocab_size": 1024, "d_model": 64, "n_layers": 3, "context_length": 128, "batch_size": 8,
          "steps": 100}  # a hundredth of all texts: some ten seconds
 TWENTIETH = SMALL | {"share": 0.05, "d_model": 96, "steps": 900}  # a twentieth; tales are read some fifteen times
+DROPPED = TWENTIETH | {"steps": 2280, "dropout": 0.2}  # a twentieth; tales are read 38 times
+FIFTH = DROPPED | {"share": 0.2, "steps": 9120}  # a fifth; tales are read 38 times: ten minutes of one core
 PLAIN = "plain: 128 wide, 4,096 tokens"
 EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict]] = {  # name: (the questions it answers, changes of TRIAL)
     "tales alone": (("text",), TENTH | {"mix": {"andersen": 1}}),
@@ -168,8 +173,16 @@ EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict]] = {  # name: (the questions
        for name, dropout, seed in (
         ("nothing dropped", 0.0, 0), ("nothing dropped", 0.0, 1), ("0.1 dropped", 0.1, 0), ("0.1 dropped", 0.1, 1),
         ("0.2 dropped", 0.2, 0))},
-    **{f"{dropout} dropped, tales read 38 times": (("readings",), TWENTIETH | {"dropout": dropout, "steps": 2280})
-       for dropout in (0.1, 0.15, 0.2)},
+    **{f"{dropout} dropped, tales read 38 times": (("readings",), DROPPED | {"dropout": dropout})
+       for dropout in (0.1, 0.15)},
+    "0.2 dropped, tales read 38 times": (("readings", "decay"), DROPPED),
+    **{f"decay {decay}, {how}, seed {seed}": (("decay",), DROPPED | {
+        "weight_decay": decay, "split_qkv": how == "apart", "seed": seed})
+       for decay, how, seed in (
+        (0.1, "together", 1), (0.0, "together", 0), (0.3, "together", 0), (0.8, "together", 0), (0.1, "apart", 0),
+        (0.1, "apart", 1), (0.0, "apart", 0), (0.3, "apart", 0), (0.8, "apart", 0))},
+    **{f"a fifth, decay {decay}, {how}": (("decay",), FIFTH | {"weight_decay": decay, "split_qkv": how == "apart"})
+       for decay, how in ((0.1, "together"), (0.03, "apart"), (0.1, "apart"), (0.3, "apart"))},
     "small, with novels, rates halved": (("rate",), SMALL | {"max_lr": 2.5e-3, "matrix_lr": 0.01}),
     "small, with novels, rates doubled": (("rate",), SMALL | {"max_lr": 1e-2, "matrix_lr": 0.04}),
 }  # steps of the large trials: as many as fitted into a minute of one core

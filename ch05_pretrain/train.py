@@ -110,6 +110,7 @@ HELP = {
         "save_every": "steps between two checkpoints",
         "seed": "of weights, batches and dropout",
         "optimizer": "muon or adamw",
+        "split_qkv": "muon takes queries, keys and values as three matrices",
         "schedule": "cosine, or wsd: warm up, stay, decay",
         "decay_steps": "wsd: steps of the decay; 0 is a fifth of all",
         "accumulate": "micro-batches that a step is cut into, to need less memory",

@@ -167,6 +167,17 @@ def test_weight_decay_pulls_on_matrices_only():
     torch.testing.assert_close(model.token_embedding.weight, matrix * (1 - 0.1 * 0.1))
 
 
+def test_queries_keys_and_values_get_a_group_of_their_own():
+    model = tiny()
+    together, apart = parameter_groups(model, 0.1, 4.0), parameter_groups(model, 0.1, 4.0, split_qkv=True)
+    fused = [block.attention.w_qkv.weight for block in model.blocks]
+    assert [id(p) for p in apart[3]["params"]] == [id(p) for p in fused]
+    assert apart[3]["rows"] == [model.config.d_model] * 3 and "rows" not in apart[0]
+    assert {k: v for k, v in apart[3].items() if k not in ("params", "rows")} == {
+        k: v for k, v in together[0].items() if k != "params"}
+    assert sorted(id(p) for g in apart for p in g["params"]) == sorted(id(p) for p in model.parameters())
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (64, 16), (16, 64)])
 def test_orthogonalize_keeps_directions_and_equalises_strengths(shape):
     torch.manual_seed(0)

@@ -220,6 +220,30 @@ def test_muon_is_torchs_for_every_shape(shape):
     assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("rows", [(16, 16, 16), (24, 8, 8)])  # as many heads of each; wide queries, few keys
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_parameter_of_three_matrices_takes_the_steps_of_three_parameters(rows, turns):
+    """Also where each turn holds a half of every matrix, as in two processes of tensor parallel."""
+    torch.manual_seed(0)
+    start, weights = torch.randn(turns, sum(rows), 16), torch.tensor([0.01, 1.0, 100.0])
+    fused = start.flatten(0, 1).clone().requires_grad_()
+    apart = [part.flatten(0, 1).clone().requires_grad_() for part in start.split(rows, dim=1)]
+    ours = Muon([{"params": [fused], "orthogonal": True, "rows": rows}], lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(apart, lr=0.02, weight_decay=0.1)
+    for _ in range(8):
+        gradient = torch.randn(turns, sum(rows), 16) * weights.repeat_interleave(torch.tensor(rows)).view(1, -1, 1)
+        fused.grad = gradient.flatten(0, 1).clone()
+        for p, part in zip(apart, gradient.split(rows, dim=1), strict=True):
+            p.grad = part.flatten(0, 1)
+        ours.step()
+        theirs.step()
+    for p, part, began in zip(apart, fused.detach().view_as(start).split(rows, dim=1), start.split(rows, dim=1),
+                              strict=True):
+        moved, expected = (part - began).flatten(), (p.detach() - began.flatten(0, 1)).flatten()
+        assert torch.cosine_similarity(moved, expected, dim=0) > 0.999
+        assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.02)
+
+
 def test_orthogonalize_brings_singular_values_to_one_and_works_on_stacks():
     torch.manual_seed(0)
     stack = torch.stack([torch.randn(40, 20), 100 * torch.randn(40, 20)])

@@ -50,6 +50,7 @@ LLAMA = GPTConfig(67, 16, 16, 4, 4, n_kv_heads=2, d_ff=24, norm="rmsnorm", mlp="
 UNTIED = dataclasses.replace(GPT2, tie_embeddings=False)
 RUN = TrainConfig(steps=6, batch_size=8, context_length=16, warmup_steps=1, eval_every=3, eval_tokens=150, save_every=3)
 ADAMW = dataclasses.replace(RUN, optimizer="adamw")
+SPLIT = dataclasses.replace(RUN, split_qkv=True)
 PAIRS = [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"pp": 2}]
 FOURS = [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 2, "pp": 2},
          {"tp": 2, "pp": 2}, {"pp": 4}]
@@ -219,6 +220,7 @@ def references():
 CASES = {
     "gpt2": (GPT2, RUN, ()),
     "llama": (LLAMA, RUN, ()),
+    "llama, queries, keys and values apart": (LLAMA, SPLIT, ()),
     "untied, frozen, adamw": (UNTIED, ADAMW, ("token_embedding", "blocks.1.", "lm_head")),
     "frozen tied, accumulated": (LLAMA, dataclasses.replace(RUN, accumulate=2),
                                  ("token_embedding", "blocks.0.attention")),
@@ -236,8 +238,9 @@ def test_two_processes_are_one(farm, case):
 
 @pytest.mark.parametrize("layout", FOURS, ids=name_of)
 def test_four_processes_are_one(farm, references, layout):
-    one = references.setdefault("llama", steps_of(OneProcess(), LLAMA, RUN))
-    told = farm.run(4, many_steps, [layout], LLAMA, RUN)
+    run = SPLIT if layout == {"fsdp": 2, "tp": 2} else RUN
+    one = references.setdefault(run, steps_of(OneProcess(), LLAMA, run))
+    told = farm.run(4, many_steps, [layout], LLAMA, run)
     assert_same([process[0] for process in told], one)
 
 
@@ -303,28 +306,28 @@ def train_until(layout: dict, config: GPTConfig, run: TrainConfig, folder: Path,
     return dataclasses.asdict(history)
 
 
-@pytest.mark.parametrize(("config", "first", "then"), [
-    (LLAMA, (2, {"tp": 2}), [(4, {"fsdp": 2, "tp": 2}), (1, {}), (2, {"pp": 2})]),
-    (GPT2, (2, {"fsdp": 2}), [(4, {"dp": 2, "tp": 2}), (2, {"fsdp": 2})]),
-    (LLAMA, (2, {"pp": 2}), [(4, {"tp": 2, "pp": 2}), (1, {})]),
-    (LLAMA, None, [(2, {"tp": 2}), (4, {"dp": 2, "pp": 2})]),  # begun by one process alone
+@pytest.mark.parametrize(("config", "run", "first", "then"), [
+    (LLAMA, SPLIT, (2, {"tp": 2}), [(4, {"fsdp": 2, "tp": 2}), (1, {}), (2, {"pp": 2})]),
+    (GPT2, RUN, (2, {"fsdp": 2}), [(4, {"dp": 2, "tp": 2}), (2, {"fsdp": 2})]),
+    (LLAMA, RUN, (2, {"pp": 2}), [(4, {"tp": 2, "pp": 2}), (1, {})]),
+    (LLAMA, SPLIT, None, [(2, {"tp": 2}), (4, {"dp": 2, "pp": 2})]),  # begun by one process alone
 ], ids=["tp", "fsdp", "pp", "one process"])
-def test_another_number_of_processes_goes_on(farm, tmp_path, config, first, then):
+def test_another_number_of_processes_goes_on(farm, tmp_path, config, run, first, then):
     whole = build(config)
-    reference = dataclasses.asdict(train(whole, text(), text()[:200], RUN))
+    reference = dataclasses.asdict(train(whole, text(), text()[:200], run))
     if first is None:
         asked = []
-        train(build(config), text(), text()[:200], RUN, folder=tmp_path / "begun",
+        train(build(config), text(), text()[:200], run, folder=tmp_path / "begun",
               stop=lambda: asked.append(1) or len(asked) == 3)
     else:
-        farm.run(first[0], train_until, first[1], config, RUN, tmp_path / "begun", 3)
+        farm.run(first[0], train_until, first[1], config, run, tmp_path / "begun", 3)
         files = {path.name for path in (tmp_path / "begun" / "step-000003").iterdir()}
         assert "state.json" in files and len(files) == 1 + first[0]  # one file a process, no pickle
         assert all(name.endswith((".json", ".safetensors")) for name in files)
     for number, (world, layout) in enumerate(then):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "begun", folder)
-        history = farm.run(world, train_until, layout, config, RUN, folder)[0]
+        history = farm.run(world, train_until, layout, config, run, folder)[0]
         assert history["steps"] == reference["steps"]
         for name in ("train_loss", "grad_norm", "val_loss"):
             np.testing.assert_allclose(history[name], reference[name], rtol=2e-5, err_msg=f"{layout} {name}")
