@@ -351,8 +351,8 @@ def tallness(matrix: Tensor) -> float:
 def step_apart(matrix: Tensor, rows: list[int], steps: int = 5) -> Tensor:
     """Each of several matrices that lie below one another orthogonalised by itself, at its own length: (m, n) -> same.
 
-    ``rows``: how many rows each has. Where m is a multiple of their sum, all of them follow once more, as in a
-    parameter cut for tensor parallel; equal turns make one matrix.
+    ``rows``: how many rows each has. In a parameter that tensor parallel has cut, these are the rows on one process,
+    and each process's rows follow in turn; what belongs to one matrix is first put together.
     """
     if hasattr(matrix, "full_tensor"):
         return sharded_like(step_apart(matrix.full_tensor(), rows, steps), matrix)
@@ -366,8 +366,9 @@ def parameter_groups(model: GPT, weight_decay: float, matrix_lr_scale: float = 1
                      split_qkv: bool = False) -> list[dict]:
     """Three groups for ``Muon``: matrices of the blocks, embeddings, and vectors, which do not decay.
 
-    ``lr_scale`` of a group multiplies the scheduled learning rate. ``split_qkv`` takes the matrices that hold
-    queries, keys and values below one another into a fourth group, with their ``rows``.
+    ``lr_scale`` of a group multiplies the scheduled learning rate. ``split_qkv`` takes the parameters that hold
+    queries, keys and values below one another into a fourth group, with their ``rows``: those of one process, so
+    call this when tensor parallel, if any, has cut the model.
     """
     inside = {id(p) for p in model.blocks.parameters()}
     matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) in inside]

@@ -201,8 +201,22 @@ def test_a_trial_learns_and_repeats_itself(texts):
     assert [step for step, _ in first["curve"]] == [2, 4, 6]
     assert first["bits_per_byte"] == first["curve"][-1][1] < first["curve"][0][1]
     assert first["tokens"] == 6 * 2 * 16 and first["plan"] == TRIAL | TINY
+    assert first["inside"] == again["inside"] != other["inside"] and len(first["inside"]) == TINY["n_layers"]
     with pytest.raises(ValueError, match="No entry width in a trial's plan; there are mix, share"):
         trial(texts, width=3)
+
+
+@torch.no_grad()
+def test_a_look_inside_counts_what_is_dead():
+    model = storyteller.trial_model(TRIAL | TINY | {"n_layers": 2})
+    first, last = model.blocks[0], model.blocks[-1]
+    last.mlp.w_gate.weight[[1, 4]] *= 0.001
+    first.attention.w_qkv.weight.chunk(3)[1].zero_()
+    found = storyteller.look_inside(model)
+    assert [layer["dead"] for layer in found] == [0] * (len(found) - 1) + [2]
+    assert found[0]["keys"] == 0 < min(found[0]["queries"], found[0]["values"])
+    values = last.attention.w_qkv.weight[-model.config.d_model:]
+    assert found[-1]["values"] == pytest.approx(values.norm().item(), abs=0.001)
 
 
 def test_recorded_trials_are_those_of_the_list():
@@ -214,6 +228,7 @@ def test_recorded_trials_are_those_of_the_list():
         assert row["plan"] == TRIAL | changes and row["questions"] == list(questions)
         assert row["curve"][-1] == [row["plan"]["steps"], row["bits_per_byte"]]
         assert row["tokens"] == row["plan"]["steps"] * row["plan"]["batch_size"] * row["plan"]["context_length"]
+        assert "decay" not in questions or len(row["inside"]) == row["plan"]["n_layers"]  # older trials did not look
 
 
 def test_the_record_of_a_small_trial_can_be_made_again(texts):
