@@ -13,7 +13,7 @@ __all__ = [
     "load_text",
     "trial_texts",
     "encode_documents",
-    "look_inside",
+    "living_parts",
     "trial",
     "TENTH",
     "SMALL",
@@ -115,7 +115,7 @@ def encode_documents(tokenizer: BPETokenizer, documents: Iterable[Document]) -> 
     return np.array(ids, np.uint16)
 
 
-def look_inside(model: GPT) -> list[dict]:
+def living_parts(model: GPT) -> list[dict]:
     """For each layer: the lengths of its query, key and value matrices, and how many hidden units are dead.
 
     Dead is a unit of a SwiGLU MLP whose gate weights are shorter than a twentieth of the layer's median.
@@ -133,7 +133,7 @@ def trial(texts: Mapping[str, list[Document]], evaluations: int = 4, **changes) 
     """Train a small model by the plan ``TRIAL`` with some changes; how well it then predicts the judges.
 
     Returns the plan, the size, CPU seconds of this process, ``curve``: [step, bits per byte] at so many places,
-    and what ``look_inside`` finds in the end. ``ValueError`` for an entry that is not in ``TRIAL``.
+    and what ``living_parts`` finds in the end. ``ValueError`` for an entry that is not in ``TRIAL``.
     """
     if unknown := set(changes) - set(TRIAL):
         raise ValueError(f"No entry {', '.join(sorted(unknown))} in a trial's plan; there are {', '.join(TRIAL)}.")
@@ -158,7 +158,7 @@ def trial(texts: Mapping[str, list[Document]], evaluations: int = 4, **changes) 
             curve.append([step + 1, round(evaluate(model, judges, n_bytes).bits_per_byte, 4)])
     return {"plan": plan, "parameters": count_parameters(model), "curve": curve, "bits_per_byte": curve[-1][1],
             "tokens": plan["steps"] * plan["batch_size"] * plan["context_length"],
-            "cpu_seconds": round(time.process_time() - began, 1), "inside": look_inside(model)}
+            "cpu_seconds": round(time.process_time() - began, 1), "inside": living_parts(model)}
 
 
 TENTH = {"share": 0.1, "vocab_size": 2048, "steps": 540}  # of all texts; tales alone: about ten passes

@@ -207,12 +207,12 @@ def test_a_trial_learns_and_repeats_itself(texts):
 
 
 @torch.no_grad()
-def test_a_look_inside_counts_what_is_dead():
+def test_living_parts_counts_what_is_dead():
     model = storyteller.trial_model(TRIAL | TINY | {"n_layers": 2})
     first, last = model.blocks[0], model.blocks[-1]
     last.mlp.w_gate.weight[[1, 4]] *= 0.001
     first.attention.w_qkv.weight.chunk(3)[1].zero_()
-    found = storyteller.look_inside(model)
+    found = storyteller.living_parts(model)
     assert [layer["dead"] for layer in found] == [0] * (len(found) - 1) + [2]
     assert found[0]["keys"] == 0 < min(found[0]["queries"], found[0]["values"])
     values = last.attention.w_qkv.weight[-model.config.d_model:]
