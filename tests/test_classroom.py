@@ -448,7 +448,9 @@ def test_a_cell_that_gets_no_more_memory_before_the_watcher_looks_is_named(tmp_p
     classroom.grade(folder, [source], tmp_path / "out", jobs=2, **LIMITS)
     for name, row in rows(tmp_path / "out").items():
         assert float(row["automatic"]) == attacks[name].points, name
-        assert "more memory than a notebook may hold (1 GB)" in row["remarks"] or "time limit" in row["remarks"], name
+        # what is printed waits in ZeroMQ, whose own thread ends the kernel when it gets no more memory
+        named = "more memory than " + "a notebook may hold (1 GB)" * (name != "prints")
+        assert named in row["remarks"] or "time limit" in row["remarks"], name
 
 
 @needs_sandbox
