@@ -20,7 +20,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from .progress import in_notebook
@@ -57,6 +57,7 @@ def show(fig: Figure, alt: str) -> None:
 
 def save(fig: Figure, path: Path) -> None:
     """Write a figure as a PNG file, whole or not at all."""
+    _plain_numbers(fig)
     with atomic_write(path) as temporary:
         temporary.write_bytes(_png(fig))
 
@@ -77,11 +78,30 @@ def bundle(fig: Figure, alt: str, vector: bool = False) -> tuple[dict, dict]:
     """
     if not alt.strip():
         raise ValueError("A figure needs alternative text: say in a sentence what it shows.")
+    _plain_numbers(fig)
     data = {"image/png": base64.b64encode(_png(fig)).decode(), "text/plain": f"Figure: {alt}"}
     if vector:
         data[VECTOR] = base64.b64encode(gzip.compress(_svg(fig), mtime=0)).decode()
     width = round(fig.get_figwidth() * 100)  # in CSS pixels; the image holds 1.44 pixels for each
     return data, {"image/png": {"alt": alt, "width": width}}
+
+
+def _plain_numbers(fig: Figure) -> None:
+    """Label axes with 20,000 instead of 20000, logarithmic ones with 1, 10, 100 and short ones with 1, 2, 5, 10.
+
+    What a notebook has set itself stays; axes beyond 0.0001 and a million keep their powers of ten.
+    """
+    for axis in (axis for axes in fig.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        if axis.get_scale() == "log":
+            if axis.isDefault_majloc and axis.get_transform().base == 10 and high < 300 * low:
+                axis.set_major_locator(LogLocator(subs=range(1, 10) if high < 4 * low else (1, 2, 5)))
+            plain = low > 3e-5 and high < 2e6
+        else:
+            plain = axis.get_scale() == "linear" and 10_000 <= max(-low, high) < 2e6
+        if plain and axis.isDefault_majfmt:
+            axis.set_major_formatter("{x:,.7g}")
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(fig: Figure) -> bytes:
@@ -99,6 +119,10 @@ def plot_lines(series: Mapping[str, tuple[Sequence, Sequence]], *, title: str, x
     fig, axes = figure(height=height)
     _draw_lines(axes, series, references, markers)
     _finish(axes, title, xlabel, ylabel, log)
+    marked = sorted({float(x) for xs, _ in series.values() for x in xs}) if markers and "x" in log else []
+    if len(marked) > 1 and marked[0] > 0 and np.diff(np.log(marked)).min() > np.log(marked[-1] / marked[0]) / 9.5:
+        axes.set_xticks(marked)  # every point that was measured has its number
+        axes.xaxis.set_minor_locator(NullLocator())
     show(fig, alt)
 
 
@@ -233,7 +257,8 @@ def _draw_lines(axes, series, references, markers) -> None:
     for name, value in (references or {}).items():
         axes.axhline(value, color=GREY, linewidth=1, linestyle="--")
         axes.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right",
-                      va="bottom", color=GREY, fontsize=9)
+                      va="bottom", color=GREY, fontsize=9,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
     if len(series) > 1 or (series and next(iter(series))):
         axes.legend()
 
